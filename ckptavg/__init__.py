@@ -1,0 +1,103 @@
+"""ckptavg: turn the checkpoints a training run left behind into one better model.
+
+Streams saved checkpoints, averages them tensor by tensor in bounded memory on CPU or GPU,
+recomputes BatchNorm statistics over data, and writes a complete safetensors model directory.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ckptavg._version import __version__
+
+if TYPE_CHECKING:
+    from ckptavg.batchnorm import BnLayerReport, BnReport, recompute_bn_stats
+    from ckptavg.checkpoint import Checkpoint, open_checkpoint
+    from ckptavg.errors import (
+        AfterPublishError,
+        BatchNormError,
+        CheckpointError,
+        CkptavgError,
+        IncompatibleCheckpointsError,
+        MemoryBudgetError,
+        ModelError,
+        OutputError,
+        SourceError,
+        UsageError,
+    )
+    from ckptavg.pipeline import (
+        AverageResult,
+        BnPass,
+        CheckpointInfo,
+        average_checkpoints,
+        inspect_checkpoint,
+        recompute_bn,
+    )
+    from ckptavg.plan import AveragePlan, plan_average
+    from ckptavg.recipe import Recipe
+
+# where each public name lives; imported when it is first used (PEP 562)
+_HOME = {
+    "AfterPublishError": "errors",
+    "AveragePlan": "plan",
+    "AverageResult": "pipeline",
+    "BatchNormError": "errors",
+    "BnLayerReport": "batchnorm",
+    "BnPass": "pipeline",
+    "BnReport": "batchnorm",
+    "Checkpoint": "checkpoint",
+    "CheckpointError": "errors",
+    "CheckpointInfo": "pipeline",
+    "CkptavgError": "errors",
+    "IncompatibleCheckpointsError": "errors",
+    "MemoryBudgetError": "errors",
+    "ModelError": "errors",
+    "OutputError": "errors",
+    "Recipe": "recipe",
+    "SourceError": "errors",
+    "UsageError": "errors",
+    "average_checkpoints": "pipeline",
+    "inspect_checkpoint": "pipeline",
+    "open_checkpoint": "checkpoint",
+    "plan_average": "plan",
+    "recompute_bn": "pipeline",
+    "recompute_bn_stats": "batchnorm",
+}
+
+__all__ = [
+    "AfterPublishError",
+    "AveragePlan",
+    "AverageResult",
+    "BatchNormError",
+    "BnLayerReport",
+    "BnPass",
+    "BnReport",
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointInfo",
+    "CkptavgError",
+    "IncompatibleCheckpointsError",
+    "MemoryBudgetError",
+    "ModelError",
+    "OutputError",
+    "Recipe",
+    "SourceError",
+    "UsageError",
+    "__version__",
+    "average_checkpoints",
+    "inspect_checkpoint",
+    "open_checkpoint",
+    "plan_average",
+    "recompute_bn",
+    "recompute_bn_stats",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'ckptavg' has no attribute '{name}'")
+    return getattr(import_module(f"ckptavg.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
