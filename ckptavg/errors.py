@@ -1,0 +1,83 @@
+"""The errors users see, and the one function that makes foreign text safe to print.
+
+The tree::
+
+    CkptavgError                      anything ckptavg refuses or fails at; one line, names escaped
+    ├── UsageError                    the request itself makes no sense (exit code 2)
+    ├── SourceError                   what was typed does not lead to checkpoints
+    ├── CheckpointError               one checkpoint is broken, unsupported, or changed while read
+    ├── IncompatibleCheckpointsError  each checkpoint is fine, but they cannot be averaged together
+    ├── MemoryBudgetError             the work does not fit the memory it may use
+    ├── OutputError                   the output cannot be written; nothing was published
+    ├── AfterPublishError             the output was published, a later step failed (exit code 3)
+    ├── ModelError                    the user's model or data could not be built or loaded
+    └── BatchNormError                BatchNorm statistics could not be computed; model unchanged
+
+Every message is one line: what, where, expected, found, remedy.
+"""
+
+_MAX_MESSAGE_CHARACTERS = 2000  # a hostile name can be megabytes long
+_BIDI_AND_SEPARATORS = frozenset(
+    "\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)
+
+
+def printable(text: str) -> str:
+    r"""Escape every character that could move the cursor, hide text or break a line.
+
+    Names of tensors and files come from files that anyone may have written. Printable characters
+    stay as they are; the others become ``\xNN``, ``\uNNNN`` or ``\UNNNNNNNN``.
+    """
+    if text.isprintable() and not _BIDI_AND_SEPARATORS.intersection(text):
+        return text
+    return "".join(
+        character
+        if character.isprintable() and character not in _BIDI_AND_SEPARATORS
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+class CkptavgError(Exception):
+    """Base of all errors that ckptavg raises on purpose; ``str()`` of it is one printable line."""
+
+    def __init__(self, message: str) -> None:
+        if len(message) > _MAX_MESSAGE_CHARACTERS:
+            message = f"{message[: _MAX_MESSAGE_CHARACTERS - 100]} … {message[-98:]}"
+        super().__init__(printable(message))
+
+
+class UsageError(CkptavgError):
+    """The request itself makes no sense, whatever the files hold."""
+
+
+class SourceError(CkptavgError):
+    """What was typed does not lead to checkpoints."""
+
+
+class CheckpointError(CkptavgError):
+    """One checkpoint is broken, hostile, unsupported, or changed while it was read."""
+
+
+class IncompatibleCheckpointsError(CkptavgError):
+    """Each checkpoint can be read, but they cannot be averaged together."""
+
+
+class MemoryBudgetError(CkptavgError):
+    """The work does not fit into the memory that it may use."""
+
+
+class OutputError(CkptavgError):
+    """The output cannot be written; what was there before is untouched."""
+
+
+class AfterPublishError(CkptavgError):
+    """The output is published and whole, but something that came after it failed."""
+
+
+class ModelError(CkptavgError):
+    """The user's model or data could not be found, built, or loaded with the weights."""
+
+
+class BatchNormError(CkptavgError):
+    """BatchNorm statistics could not be computed; the model is as it was before."""
