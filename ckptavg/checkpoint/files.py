@@ -1,0 +1,127 @@
+"""Regular files read by position: no mmap, no shared offset, every short read an error.
+
+A memory-mapped file that is truncated kills the process with SIGBUS; a positional read of it is
+an ordinary error. Positional reads also go straight into the caller's buffer.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from ckptavg.errors import CheckpointError
+from ckptavg.tensors import FileStamp
+
+_MAX_BUFFERS_PER_CALL = 1024  # IOV_MAX on Linux and macOS
+
+
+class PositionalFile:
+    """One regular file, opened for positional reading from any number of threads."""
+
+    def __init__(self, path: str | Path, label: str) -> None:
+        """Open a file without reading it.
+
+        Args:
+            path: A regular file, or a symbolic link that ends at one.
+            label: What messages call it.
+
+        Raises:
+            CheckpointError: If it cannot be opened or is not a regular file.
+        """
+        self.path = os.fspath(path)
+        self.label = label
+        self._descriptor = -1
+        try:
+            self._descriptor = _open_for_reading(self.path)
+            status = os.fstat(self._descriptor)
+        except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+            self.close()
+            raise CheckpointError(f"{label}: cannot be opened: {_reason(error)}") from error
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+            raise CheckpointError(f"{label}: is {kind}, expected a checkpoint file")
+        self.size = status.st_size
+        self.stamp = _stamp(self.path, status)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Return ``nbytes`` bytes from ``offset`` on."""
+        buffer = bytearray(nbytes)
+        self.read_into(offset, [memoryview(buffer)])
+        return bytes(buffer)
+
+    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill the buffers, one after the other, from ``offset`` on.
+
+        Args:
+            offset: First byte in the file.
+            buffers: Writable, contiguous bytes.
+
+        Raises:
+            CheckpointError: On a read error, or if the file ends before the buffers are full.
+        """
+        pending = [buffer for buffer in buffers if buffer.nbytes]
+        while pending:
+            try:
+                count = os.preadv(self._descriptor, pending[:_MAX_BUFFERS_PER_CALL], offset)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.label}: cannot be read at byte {offset}: {_reason(error)}"
+                ) from error
+            if count == 0:
+                raise CheckpointError(
+                    f"{self.label}: ends at byte {offset}, {self.size} bytes were there when it "
+                    "was opened: it changed while being read"
+                )
+            offset += count
+            while pending and count >= pending[0].nbytes:
+                count -= pending.pop(0).nbytes
+            if count:
+                pending[0] = pending[0][count:]
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError if size, inode or modification time differ from the opening."""
+        try:
+            now = _stamp(self.path, os.fstat(self._descriptor))
+        except OSError as error:
+            raise CheckpointError(f"{self.label}: cannot be read: {_reason(error)}") from error
+        if now != self.stamp:
+            raise CheckpointError(f"{self.label}: changed while being read; nothing was published")
+
+    def close(self) -> None:
+        """Close the file; closing twice is allowed."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _open_for_reading(path: str) -> int:
+    # O_NONBLOCK: opening a FIFO must fail the check for a regular file, not wait for a writer
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        return os.open(path, flags)
+    except OSError as error:
+        if error.errno != errno.EMFILE or not _raise_open_file_limit():
+            raise
+        return os.open(path, flags)
+
+
+def _raise_open_file_limit() -> bool:
+    """Lift the soft limit on open files to the hard one: K checkpoints of S shards need K x S."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return False
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return True
+
+
+def _stamp(path: str, status: os.stat_result) -> FileStamp:
+    return FileStamp(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def _reason(error: Exception) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,105 @@
+"""Tensor names that differ between checkpoints only by a wrapper's prefix."""
+
+from collections.abc import Mapping, Sequence
+
+from ckptavg.checkpoint.protocol import Checkpoint
+from ckptavg.errors import CheckpointError, IncompatibleCheckpointsError
+from ckptavg.tensors import FileStamp, Piece, TensorInfo
+
+# what DistributedDataParallel and torch.compile put before every name
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
+
+def normalise_names(
+    checkpoints: Sequence[Checkpoint], strip_prefixes: Sequence[str] = ()
+) -> tuple[list[Checkpoint], list[str]]:
+    """Strip wrapper prefixes from tensor names.
+
+    ``module.`` and ``_orig_mod.`` are stripped when every name of every checkpoint has them; the
+    prefixes asked for are stripped from the names that have them, once each, before that.
+
+    Args:
+        checkpoints: Opened checkpoints.
+        strip_prefixes: Further prefixes, each of which must occur in some checkpoint.
+
+    Returns:
+        The checkpoints under their new names, and one note for each prefix that was stripped.
+
+    Raises:
+        IncompatibleCheckpointsError: If a prefix asked for occurs nowhere.
+        CheckpointError: If two names become one.
+    """
+    renamed: list[Checkpoint] = list(checkpoints)
+    notes = []
+    for prefix in strip_prefixes:
+        if not any(name.startswith(prefix) for one in renamed for name in one.tensors):
+            raise IncompatibleCheckpointsError(
+                f"no tensor name in any checkpoint begins with '{prefix}' (--strip-prefix)"
+            )
+        renamed = [RenamedCheckpoint(checkpoint, prefix) for checkpoint in renamed]
+        notes.append(f"stripped the prefix '{prefix}' from tensor names, as asked")
+    while wrapper := _common_wrapper(renamed):
+        renamed = [RenamedCheckpoint(checkpoint, wrapper) for checkpoint in renamed]
+        notes.append(f"stripped the prefix '{wrapper}', which all tensor names had")
+    return renamed, notes
+
+
+def _common_wrapper(checkpoints: Sequence[Checkpoint]) -> str | None:
+    for prefix in WRAPPER_PREFIXES:
+        if all(
+            checkpoint.tensors and all(name.startswith(prefix) for name in checkpoint.tensors)
+            for checkpoint in checkpoints
+        ):
+            return prefix
+    return None
+
+
+class RenamedCheckpoint:
+    """A checkpoint under names without a prefix; everything else is passed on."""
+
+    def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
+        """Strip ``prefix`` from the names that have it.
+
+        Raises:
+            CheckpointError: If two names become one.
+        """
+        self._checkpoint = checkpoint
+        self._stored_name = {name.removeprefix(prefix): name for name in checkpoint.tensors}
+        if len(self._stored_name) != len(checkpoint.tensors):
+            raise CheckpointError(
+                f"{checkpoint.label}: two tensor names become one without the prefix '{prefix}'"
+            )
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: checkpoint.tensors[stored] for name, stored in self._stored_name.items()
+        }
+        self._stored_name |= {name.removeprefix(prefix): name for name in checkpoint.aliases}
+        self.aliases: Mapping[str, str] = {
+            name.removeprefix(prefix): owner.removeprefix(prefix)
+            for name, owner in checkpoint.aliases.items()
+        }
+        self.metadata: Mapping[str, str] = {
+            **checkpoint.metadata,
+            **{name: owner for name, owner in self.aliases.items() if name not in self.tensors},
+        }
+        self.label: str = checkpoint.label
+        self.layout: str = checkpoint.layout
+        self.step: int | None = checkpoint.step
+        self.epoch: int | None = checkpoint.epoch
+        self.notes: Sequence[str] = checkpoint.notes
+        self.files: Sequence[FileStamp] = checkpoint.files
+        self.directory: str | None = checkpoint.directory
+
+    def read_into(self, pieces: Sequence[Piece], buffer: memoryview) -> None:
+        """Fill ``buffer`` with the pieces; see the protocol."""
+        stored = self._stored_name
+        self._checkpoint.read_into(
+            [Piece(stored[name], start, stop) for name, start, stop in pieces], buffer
+        )
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError if any file changed since it was opened."""
+        self._checkpoint.check_unchanged()
+
+    def close(self) -> None:
+        """Close all files."""
+        self._checkpoint.close()

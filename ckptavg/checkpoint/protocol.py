@@ -1,0 +1,57 @@
+"""What every checkpoint reader offers, whatever the format."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from ckptavg.tensors import FileStamp, Piece, TensorInfo
+
+
+class Checkpoint(Protocol):
+    """One saved checkpoint, opened: its headers are read and checked, its tensor data is not.
+
+    Attributes:
+        label: What messages call it: the path as typed.
+        layout: The name of its layout, for people: ``safetensors file``, ``torch file``, ...
+        tensors: Name -> dtype and shape of every tensor that is stored, in file order.
+        aliases: Tied name -> the name that owns the storage. A tied name that the layout stores
+            (torch files hold both) is in ``tensors`` too; one that it leaves out (safetensors
+            files hold one of them) is not.
+        metadata: The file's own string map, where the format has one.
+        step: Training step, where metadata or name tell; None otherwise.
+        epoch: Training epoch, likewise.
+        notes: What a user should know about how this checkpoint was read, one sentence each.
+        files: The files read, with what identifies their content.
+        directory: The model directory whose side files (config, tokenizer) belong to this
+            checkpoint; None for a single file.
+    """
+
+    label: str
+    layout: str
+    tensors: Mapping[str, TensorInfo]
+    aliases: Mapping[str, str]
+    metadata: Mapping[str, str]
+    step: int | None
+    epoch: int | None
+    notes: Sequence[str]
+    files: Sequence[FileStamp]
+    directory: str | None
+
+    def read_into(self, pieces: Sequence[Piece], buffer: memoryview) -> None:
+        """Fill ``buffer`` with the given pieces, back to back.
+
+        Safe to call from several threads at once. Pieces that lie side by side in a file are
+        read in one system call.
+
+        Args:
+            pieces: Byte ranges of row-major tensor data; names are in ``tensors`` or ``aliases``.
+            buffer: Writable bytes, exactly as long as all pieces together.
+
+        Raises:
+            CheckpointError: If the file ends early, cannot be read, or changed since opening.
+        """
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError if any file changed since it was opened."""
+
+    def close(self) -> None:
+        """Close all files; reading afterwards is an error."""

@@ -1,0 +1,157 @@
+"""safetensors files: a strict reader of the header, a subset of what the format allows.
+
+The format (https://github.com/huggingface/safetensors, "Format"): 8 bytes of header length, little
+endian; a JSON header of that length that begins with ``{``; then the data, without holes. Values
+are not interpreted here.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ckptavg.checkpoint.files import PositionalFile
+from ckptavg.errors import CheckpointError
+from ckptavg.tensors import DTYPE_BY_CODE, TensorInfo
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_DIMENSIONS = 64
+_MAX_TENSOR_BITS = 2**64  # numel x bits must fit what other readers compute in
+
+
+class SafetensorsHeader:
+    """What one safetensors file says of itself.
+
+    Attributes:
+        tensors: Name -> dtype and shape, in the order of the data.
+        offsets: Name -> position of its first byte in the file.
+        metadata: The ``__metadata__`` string map.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorInfo],
+        offsets: Mapping[str, int],
+        metadata: Mapping[str, str],
+    ) -> None:
+        self.tensors = tensors
+        self.offsets = offsets
+        self.metadata = metadata
+
+
+def read_header(file: PositionalFile) -> SafetensorsHeader:
+    """Read and completely check the header of a safetensors file.
+
+    Raises:
+        CheckpointError: If the file is not exactly what the format describes.
+    """
+
+    def refuse(what: str) -> CheckpointError:
+        return CheckpointError(f"{file.label}: {what}")
+
+    if file.size < 8:
+        raise refuse(f"has {file.size} bytes, too short for a safetensors file")
+    header_bytes = int.from_bytes(file.read(0, 8), "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise refuse(
+            f"is not a safetensors file: its header would have {header_bytes} bytes, "
+            f"at most {MAX_HEADER_BYTES} are allowed"
+        )
+    data_start = 8 + header_bytes
+    if data_start > file.size:
+        raise refuse(
+            f"has {file.size} bytes, but its header alone needs {data_start}: it is truncated"
+        )
+    raw = file.read(8, header_bytes)
+    if not raw.startswith(b"{"):
+        raise refuse("is not a safetensors file: its header does not begin with '{'")
+    header = _parse_json(raw, refuse)
+    metadata = _parse_metadata(header.pop("__metadata__", {}), refuse)
+
+    entries = []
+    for name, entry in header.items():
+        info, begin, end = _parse_entry(name, entry, refuse)
+        entries.append((begin, end, name, info))
+    entries.sort(key=lambda item: item[:2])
+
+    position = 0
+    for begin, end, name, _info in entries:
+        if begin != position:
+            fault = (
+                "overlaps the tensor before it" if begin < position else "leaves a hole before it"
+            )
+            raise refuse(f"tensor '{name}' {fault}: begins at byte {begin}, expected {position}")
+        position = end
+    if data_start + position != file.size:
+        relation = "truncated" if data_start + position > file.size else "longer than it should be"
+        raise refuse(
+            f"has {file.size} bytes, but its header describes {data_start + position}: "
+            f"it is {relation}"
+        )
+    return SafetensorsHeader(
+        tensors={name: info for _, _, name, info in entries},
+        offsets={name: data_start + begin for begin, _, name, _ in entries},
+        metadata=metadata,
+    )
+
+
+def _parse_json(raw: bytes, refuse: Any) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        mapping = dict(pairs)
+        if len(mapping) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]  # set.add returns None on purpose
+            raise refuse(f"its header names '{twice}' twice")
+        return mapping
+
+    def no_constant(text: str) -> None:
+        raise refuse(f"its header holds {text}, which is not JSON")
+
+    try:
+        header = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant
+        )
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError, JSONDecodeError
+        raise refuse("its header is not valid JSON: the file is damaged") from error
+    if type(header) is not dict:
+        raise refuse("its header is not a JSON object")
+    return header
+
+
+def _parse_metadata(value: Any, refuse: Any) -> dict[str, str]:
+    if type(value) is not dict or not all(type(text) is str for text in value.values()):
+        raise refuse("__metadata__ in its header is not a map of strings")
+    return value
+
+
+def _parse_entry(name: str, entry: Any, refuse: Any) -> tuple[TensorInfo, int, int]:
+    if type(entry) is not dict or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise refuse(f"tensor '{name}' lacks dtype, shape or data_offsets in the header")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype = DTYPE_BY_CODE.get(code) if type(code) is str else None
+    if dtype is None:
+        raise refuse(f"tensor '{name}' has the unknown dtype {code!r}")
+    if type(shape) is not list or not all(type(size) is int and size >= 0 for size in shape):
+        raise refuse(f"tensor '{name}' has a shape that is not a list of sizes")
+    if len(shape) > MAX_DIMENSIONS:
+        raise refuse(
+            f"tensor '{name}' has {len(shape)} dimensions, at most {MAX_DIMENSIONS} are allowed"
+        )
+    if (
+        type(offsets) is not list
+        or len(offsets) != 2
+        or not all(type(offset) is int and offset >= 0 for offset in offsets)
+        or offsets[0] > offsets[1]
+    ):
+        raise refuse(f"tensor '{name}' has data_offsets that are not a byte range")
+    bits = dtype.bits
+    for size in shape:  # element by element: a 0 further on must not hide an overflow
+        bits *= size
+        if bits >= _MAX_TENSOR_BITS:
+            raise refuse(f"tensor '{name}' has an impossible size")
+    begin, end = offsets
+    if bits % 8 or bits // 8 != end - begin:
+        raise refuse(
+            f"tensor '{name}' of {dtype} and shape {shape} needs {bits // 8} bytes, "
+            f"but its data_offsets hold {end - begin}"
+        )
+    return TensorInfo(dtype, tuple(shape)), begin, end

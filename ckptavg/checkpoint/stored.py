@@ -1,0 +1,108 @@
+"""A checkpoint whose tensors are byte ranges of local files: what every local reader builds."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ckptavg.checkpoint.files import PositionalFile
+from ckptavg.checkpoint.strided import read_strided
+from ckptavg.tensors import FileStamp, Piece, TensorInfo
+
+_MAX_GAP_BYTES = 4096  # torch archives pad between tensors; reading the gap is cheaper than a call
+
+
+class Place(NamedTuple):
+    """Where a tensor lies: first byte in a file, and strides in elements if not row-major."""
+
+    file: PositionalFile
+    offset: int
+    strides: tuple[int, ...] | None = None
+
+
+@dataclass(kw_only=True)
+class StoredCheckpoint:
+    """Implements the ``Checkpoint`` protocol over positional reads of local files."""
+
+    label: str
+    layout: str
+    tensors: Mapping[str, TensorInfo]
+    places: Mapping[str, Place]
+    open_files: Sequence[PositionalFile]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    step: int | None = None
+    epoch: int | None = None
+    notes: Sequence[str] = ()
+    directory: str | None = None
+    files: Sequence[FileStamp] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.files = [file.stamp for file in self.open_files]
+
+    def read_into(self, pieces: Sequence[Piece], buffer: memoryview) -> None:
+        """Fill ``buffer`` with the pieces; see the protocol."""
+        run: _Run | None = None
+        filled = 0
+        for name, start, stop in pieces:
+            owner = name if name in self.places else self.aliases[name]
+            file, offset, strides = self.places[owner]
+            begin, filled = filled, filled + (stop - start)
+            if strides is not None:
+                info = self.tensors[owner]
+                itemsize = info.dtype.itemsize
+                read_strided(
+                    file, offset, itemsize, info.shape, strides, start // itemsize,
+                    buffer[begin:filled],
+                )  # fmt: skip
+            elif run is None or not run.extend(file, offset + start, begin, filled):
+                if run is not None:
+                    run.read(buffer)
+                run = _Run(file, offset + start, begin, filled)
+        if run is not None:
+            run.read(buffer)
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError if any file changed since it was opened."""
+        for file in self.open_files:
+            file.check_unchanged()
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self.open_files:
+            file.close()
+
+
+class _Run:
+    """Pieces that lie side by side in one file, but for small gaps: one system call."""
+
+    def __init__(self, file: PositionalFile, offset: int, begin: int, end: int) -> None:
+        self._file = file
+        self._offset = offset
+        self._next_offset = offset + (end - begin)
+        self._targets: list[tuple[int, int] | int] = [(begin, end)]  # buffer range, or gap bytes
+        self._filled = end
+
+    def extend(self, file: PositionalFile, offset: int, begin: int, end: int) -> bool:
+        """Add a piece if it follows in the same file; tell whether it did."""
+        gap = offset - self._next_offset
+        if file is not self._file or not 0 <= gap <= _MAX_GAP_BYTES:
+            return False
+        last = self._targets[-1]
+        if gap == 0 and begin == self._filled and isinstance(last, tuple):
+            self._targets[-1] = (last[0], end)
+        else:
+            if gap:
+                self._targets.append(gap)
+            self._targets.append((begin, end))
+        self._next_offset = offset + (end - begin)
+        self._filled = end
+        return True
+
+    def read(self, buffer: memoryview) -> None:
+        self._file.read_into(
+            self._offset,
+            [
+                memoryview(bytearray(target)) if isinstance(target, int) else buffer[slice(*target)]
+                for target in self._targets
+            ],
+        )

@@ -1,0 +1,175 @@
+"""The directory of a zip file as torch writes it: stored members at known offsets, nothing else.
+
+A torch checkpoint is a zip whose members are stored uncompressed, so every tensor is a byte range
+of the file. Anything a torch archive never has (compression, encryption, duplicate names,
+overlapping members, leading or trailing bytes) is refused.
+"""
+
+import struct
+from bisect import bisect_right
+from typing import NamedTuple
+
+from ckptavg.checkpoint.files import PositionalFile
+from ckptavg.errors import CheckpointError
+
+_END = struct.Struct("<4sHHHHIIH")
+_ZIP64_LOCATOR = struct.Struct("<4sIQI")
+_ZIP64_END = struct.Struct("<4sQHHIIQQQQ")
+_ENTRY = struct.Struct("<4sHHHHHHIIIHHHHHII")
+_LOCAL = struct.Struct("<4sHHHHHIIIHH")
+_MAX_COMMENT_BYTES = 65_535
+_MAX_DIRECTORY_BYTES = 100_000_000
+_ENCRYPTED_FLAG = 0x1
+_ZIP64_EXTRA = 0x0001
+
+
+class Member(NamedTuple):
+    """One member: the position of its local header, its size in bytes and its CRC-32."""
+
+    name: str
+    header_offset: int
+    nbytes: int
+    crc32: int
+
+
+class ZipDirectory:
+    """The checked central directory of one zip file."""
+
+    def __init__(self, file: PositionalFile) -> None:
+        """Read the central directory.
+
+        Raises:
+            CheckpointError: If it is not a whole zip file of stored members.
+        """
+        self._file = file
+        count, start, nbytes = self._find_directory()
+        self._directory_start = start
+        self.members = self._read_members(count, start, nbytes)
+        self._header_offsets = sorted(member.header_offset for member in self.members.values())
+        if len(set(self._header_offsets)) != len(self._header_offsets):
+            raise self._refuse("two members of the zip archive lie at the same place")
+
+    def data_offset(self, member: Member) -> int:
+        """Return where a member's data begins in the file; reads its local header.
+
+        Raises:
+            CheckpointError: If the local header contradicts the directory, or the data would
+                reach into what comes next.
+        """
+        refusal = f"the zip archive's member '{member.name}'"
+        raw = self._file.read(member.header_offset, _LOCAL.size)
+        signature, _, flags, method, _, _, _, _, _, name_bytes, extra_bytes = _LOCAL.unpack(raw)
+        if signature != b"PK\x03\x04" or method != 0 or flags & _ENCRYPTED_FLAG:
+            raise self._refuse(f"{refusal} has a damaged header")
+        name = self._file.read(member.header_offset + _LOCAL.size, name_bytes)
+        if name != member.name.encode("utf-8"):
+            raise self._refuse(f"{refusal} has another name in its own header")
+        start = member.header_offset + _LOCAL.size + int(name_bytes) + int(extra_bytes)
+        position = bisect_right(self._header_offsets, member.header_offset)
+        limit = (
+            self._header_offsets[position]
+            if position < len(self._header_offsets)
+            else self._directory_start
+        )
+        if start + member.nbytes > limit:
+            raise self._refuse(f"{refusal} overlaps what comes after it")
+        return start
+
+    def _refuse(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self._file.label}: {what}")
+
+    def _find_directory(self) -> tuple[int, int, int]:
+        """Return the number of entries, and position and size of the central directory."""
+        size = self._file.size
+        tail_bytes = min(size, _END.size + _MAX_COMMENT_BYTES)
+        tail = self._file.read(size - tail_bytes, tail_bytes)
+        at = tail.rfind(b"PK\x05\x06")
+        if at < 0 or len(tail) - at < _END.size:
+            raise self._refuse(
+                f"has {size} bytes, but no zip directory at its end: the torch file is truncated"
+            )
+        _, disk, first_disk, here, count, nbytes, start, comment = _END.unpack_from(tail, at)
+        if len(tail) - at != _END.size + comment:
+            raise self._refuse("has bytes after the end of its zip archive")
+        end = size - tail_bytes + at
+        if disk or first_disk or here != count:
+            raise self._refuse("is part of a zip archive in several files")
+        if end >= _ZIP64_LOCATOR.size:
+            raw = self._file.read(end - _ZIP64_LOCATOR.size, _ZIP64_LOCATOR.size)
+            signature, _, zip64_end, disks = _ZIP64_LOCATOR.unpack(raw)
+            if signature == b"PK\x06\x07":
+                if disks > 1 or zip64_end + _ZIP64_END.size != end - _ZIP64_LOCATOR.size:
+                    raise self._refuse("has a damaged zip64 directory")
+                raw = self._file.read(zip64_end, _ZIP64_END.size)
+                fields = _ZIP64_END.unpack(raw)
+                if fields[0] != b"PK\x06\x06" or fields[6] != fields[7]:
+                    raise self._refuse("has a damaged zip64 directory")
+                count, nbytes, start = fields[7:10]
+                end = zip64_end
+        if start + nbytes != end or nbytes > _MAX_DIRECTORY_BYTES or count * _ENTRY.size > nbytes:
+            raise self._refuse("has a zip directory that is not where its end record says")
+        return count, start, nbytes
+
+    def _read_members(self, count: int, start: int, nbytes: int) -> dict[str, Member]:
+        raw = self._file.read(start, nbytes)
+        members: dict[str, Member] = {}
+        position = 0
+        for _ in range(count):
+            if position + _ENTRY.size > nbytes:
+                raise self._refuse("has a truncated zip directory")
+            entry = _ENTRY.unpack_from(raw, position)
+            flags, method, crc32, stored, size, name_bytes, extra_bytes, comment_bytes = (
+                entry[3], entry[4], entry[7], entry[8], entry[9], entry[10], entry[11], entry[12],
+            )  # fmt: skip
+            offset = entry[16]
+            position += _ENTRY.size
+            name_end = position + name_bytes
+            extra_end = name_end + extra_bytes
+            if entry[0] != b"PK\x01\x02" or extra_end + comment_bytes > nbytes:
+                raise self._refuse("has a damaged zip directory")
+            try:
+                name = raw[position:name_end].decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise self._refuse("has a zip member whose name is not UTF-8") from error
+            size, stored, offset = self._zip64_sizes(
+                raw[name_end:extra_end], size, stored, offset, name
+            )
+            position = extra_end + comment_bytes
+            if method != 0 or flags & _ENCRYPTED_FLAG or stored != size:
+                raise self._refuse(
+                    f"the zip archive's member '{name}' is compressed or encrypted, "
+                    "which torch never writes"
+                )
+            if name in members:
+                raise self._refuse(f"the zip archive holds '{name}' twice")
+            if offset + _LOCAL.size + size > start:
+                raise self._refuse(f"the zip archive's member '{name}' lies outside the file")
+            members[name] = Member(name, offset, size, crc32)
+        if position != nbytes:
+            raise self._refuse("has a zip directory with bytes left over")
+        return members
+
+    def _zip64_sizes(
+        self, extra: bytes, size: int, stored: int, offset: int, name: str
+    ) -> tuple[int, int, int]:
+        """Replace 32-bit fields that overflowed by the values in the zip64 extra field."""
+        if 0xFFFFFFFF not in (size, stored, offset):
+            return size, stored, offset
+        position = 0
+        while position + 4 <= len(extra):
+            tag, nbytes = struct.unpack_from("<HH", extra, position)
+            position += 4
+            if tag == _ZIP64_EXTRA:
+                values = [
+                    int.from_bytes(extra[at : at + 8], "little")
+                    for at in range(position, min(position + nbytes, len(extra)) - 7, 8)
+                ]
+                wanted = [value == 0xFFFFFFFF for value in (size, stored, offset)]
+                if len(values) >= sum(wanted):
+                    size, stored, offset = (
+                        values.pop(0) if is_wanted else value
+                        for is_wanted, value in zip(wanted, (size, stored, offset), strict=True)
+                    )
+                    return size, stored, offset
+            position += nbytes
+        raise self._refuse(f"the zip archive's member '{name}' lacks its zip64 sizes")
