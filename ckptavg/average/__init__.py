@@ -1,0 +1,113 @@
+"""The engine: read a chunk of every checkpoint, sum, divide, round once, hand to the writer.
+
+Chunk by chunk, checkpoint after checkpoint, so memory depends on the chunk and the number of
+threads, not on how many checkpoints there are or how large they are. A chunk is summed in the
+order of the checkpoints by one thread, so the same bits come out whatever the number of threads,
+the chunk size or the device.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ckptavg.average.cpu import average_on_cpu, size_cpu_workspace
+from ckptavg.average.work import Outcome, Progress, Sink, Workspace
+from ckptavg.checkpoint import Checkpoint
+from ckptavg.errors import UsageError
+from ckptavg.plan import AveragePlan
+
+__all__ = ["Outcome", "Progress", "Sink", "Workspace", "average", "choose_device", "size_workspace"]
+
+DEFAULT_MEMORY_BUDGET_BYTES = 512 * 2**20
+_WORTH_CUDA_NBYTES = 32 * 2**30
+
+
+def choose_device(device: str, read_nbytes: int) -> str:
+    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:i`` into ``cpu`` or ``cuda:i``.
+
+    ``auto`` is the first CUDA device where the machine has one and there is enough to read that
+    importing torch and starting CUDA pay; else the CPU. torch is not imported otherwise.
+
+    Args:
+        device: What was asked for.
+        read_nbytes: Bytes that will be read from all checkpoints together.
+
+    Raises:
+        UsageError: If the device is unknown or not there.
+    """
+    if device == "cpu":
+        return "cpu"
+    if device == "auto" and (read_nbytes < _WORTH_CUDA_NBYTES or not _has_nvidia_driver()):
+        return "cpu"
+    kind, _, index = device.partition(":")
+    if device != "auto" and (kind != "cuda" or (index and not index.isdecimal())):
+        raise UsageError(f"device: '{device}' is not one of auto, cpu, cuda, cuda:0, cuda:1, ...")
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto" and count == 0:
+        return "cpu"
+    if count <= int(index or 0):
+        raise UsageError(f"device: '{device}' is not there; torch sees {count} CUDA devices")
+    return f"cuda:{int(index or 0)}"
+
+
+def size_workspace(
+    plan: AveragePlan, device: str, *, memory_budget_bytes: int, n_threads: int | None = None
+) -> Workspace:
+    """Choose threads, chunk size and buffers for a device so that they fit the budget.
+
+    Args:
+        plan: What will be done.
+        device: ``cpu`` or ``cuda:i``.
+        memory_budget_bytes: Upper bound for the host memory of all buffers.
+        n_threads: Threads that read; None chooses by the machine.
+
+    Raises:
+        MemoryBudgetError: If not even the smallest buffers fit.
+    """
+    if device == "cpu":
+        return size_cpu_workspace(
+            plan, memory_budget_bytes=memory_budget_bytes, n_threads=n_threads
+        )
+    from ckptavg.average.cuda import size_cuda_workspace
+
+    return size_cuda_workspace(
+        plan, device, memory_budget_bytes=memory_budget_bytes, n_threads=n_threads
+    )
+
+
+def average(
+    plan: AveragePlan,
+    checkpoints: Sequence[Checkpoint],
+    sinks: Sequence[Sink],
+    workspace: Workspace,
+    *,
+    progress: Progress,
+) -> Outcome:
+    """Carry out a plan: one pass over the checkpoints, one output a row of coefficients.
+
+    Args:
+        plan: From ``plan_average``.
+        checkpoints: Those the plan was made from, in the same order.
+        sinks: One for each row of the plan.
+        workspace: From ``size_workspace``.
+        progress: Called with input bytes done, from one thread at a time.
+
+    Raises:
+        CheckpointError: If a read fails or a file ends early.
+        IncompatibleCheckpointsError: If a result is not finite and the recipe does not allow it,
+            or integer tensors differ and the recipe refuses that.
+        OutputError: If a sink cannot write.
+    """
+    if workspace.device == "cpu":
+        return average_on_cpu(plan, checkpoints, sinks, workspace, progress=progress)
+    from ckptavg.average.cuda import average_on_cuda
+
+    return average_on_cuda(plan, checkpoints, sinks, workspace, progress=progress)
+
+
+def _has_nvidia_driver() -> bool:
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return False
+    return Path("/proc/driver/nvidia").exists() or any(Path("/dev").glob("nvidia[0-9]*"))

@@ -1,0 +1,95 @@
+"""Float formats as bits in numpy: decoding, rounding exactly once, finding what is not finite."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptavg.tensors import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
+
+Array = NDArray[Any]
+
+NUMPY_DTYPES: dict[DType, type[np.floating[Any]]] = {
+    FLOAT16: np.float16,
+    FLOAT32: np.float32,
+    FLOAT64: np.float64,
+}
+BITS: dict[DType, type[np.unsignedinteger[Any]]] = {
+    FLOAT16: np.uint16,
+    BFLOAT16: np.uint16,
+    FLOAT32: np.uint32,
+    FLOAT64: np.uint64,
+}
+INFINITY_BITS = {
+    FLOAT16: 0x7C00,
+    BFLOAT16: 0x7F80,
+    FLOAT32: 0x7F800000,
+    FLOAT64: 0x7FF0000000000000,
+}
+NAN_FLOAT32_BITS = 0x7FC00000
+OVERFLOWS_BFLOAT16_BITS = 0x7F7F8000  # the smallest float32 magnitude that rounds to infinity
+HIGH_HALF = np.uint32(0xFFFF0000)
+SIXTEEN = np.uint32(16)
+
+
+def round_to_odd(values: Array, narrow: Array, widened: Array) -> Array:
+    """Round float64 to float32 so that rounding the result again equals rounding once.
+
+    Truncates, and sets the last bit wherever anything was cut off (Boldo & Melquiond 2008,
+    "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd").
+
+    Args:
+        values: float64.
+        narrow: float32 of the same length; receives and is the result.
+        widened: float64 of the same length, for scratch.
+    """
+    with np.errstate(over="ignore"):
+        np.copyto(narrow, values, casting="same_kind")
+    np.copyto(widened, narrow)
+    bits = narrow.view(np.uint32)
+    inexact = widened != values
+    away = np.abs(widened) > np.abs(values)
+    bits -= away.astype(np.uint32)  # toward zero; also from infinity to the largest value
+    bits |= inexact.astype(np.uint32)
+    return narrow
+
+
+def round_to_bfloat16(words: Array, carry: Array) -> None:
+    """Round float32 bits to the nearest bfloat16, ties to even, in the upper half of each word."""
+    np.right_shift(words, SIXTEEN, out=carry)
+    np.bitwise_and(carry, np.uint32(1), out=carry)
+    np.add(carry, np.uint32(0x7FFF), out=carry)
+    np.add(words, carry, out=words)
+
+
+def decode_to_float64(raw: Array, dtype: DType) -> Array:
+    """Return the values of raw bytes as a new float64 array."""
+    if dtype is BFLOAT16:
+        words = raw.view(np.uint16).astype(np.uint32) << SIXTEEN
+        return words.view(np.float32).astype(np.float64)
+    return raw.view(NUMPY_DTYPES[dtype]).astype(np.float64)
+
+
+def encode_from_float64(values: Array, dtype: DType) -> Array:
+    """Return float64 values rounded once to a dtype, as bits; every NaN becomes the same one."""
+    values = np.where(np.isnan(values), np.nan, values)
+    if dtype is not BFLOAT16:
+        with np.errstate(over="ignore"):
+            return values.astype(NUMPY_DTYPES[dtype]).view(BITS[dtype])
+    words = round_to_odd(values, np.empty(len(values), np.float32), np.empty_like(values))
+    bits = words.view(np.uint32)
+    special = ~np.isfinite(values)
+    rounded = bits.copy()
+    round_to_bfloat16(rounded, np.empty_like(rounded))
+    return (np.where(special, bits, rounded) >> SIXTEEN).astype(np.uint16)
+
+
+def is_nonfinite(bits: Array, dtype: DType) -> Array:
+    """Return a bool array: which elements are infinite or NaN."""
+    infinity = bits.dtype.type(INFINITY_BITS[dtype])
+    return np.asarray((bits & infinity) == infinity)
+
+
+def bits_view(raw: Array, dtype: DType) -> Array:
+    """View raw bytes as unsigned integers of the dtype's width."""
+    return raw.view(BITS[dtype])
