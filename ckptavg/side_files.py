@@ -1,0 +1,92 @@
+"""The small files that make weights a model: config, tokenizer, licence; copied, never run."""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptavg.checkpoint.files import PositionalFile
+from ckptavg.errors import CheckpointError
+from ckptavg.tensors import DType
+
+_MAX_SIDE_FILE_BYTES = 256 * 2**20
+_TEMPLATE_DIRECTORY = "additional_chat_templates"
+
+# weights in any format, training state, and what is written anew
+_LEFT_OUT = re.compile(
+    r"""
+    .*\.(safetensors|bin|pt|pth|ckpt|tar|gguf|ggml|onnx|onnx_data|h5|msgpack|distcp|npz|npy|pkl|pickle)
+    | .*\.index\.json
+    | consolidated.* | optimizer.* | scheduler.* | scaler.* | rng_state.* | random_states_.*
+    | trainer_state\.json | training_args\..* | events\.out\..* | latest | zero_to_fp32\.py
+    | README\.md | ckptavg\.json | \..*
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file to copy: its path, and its name relative to the output."""
+
+    path: Path
+    name: str
+
+
+def find_side_files(directory: str, *, include_code: bool) -> tuple[list[SideFile], list[str]]:
+    """Choose what to copy from a model directory.
+
+    Returns:
+        The files, sorted by name, and notes on code that is among them or was left out.
+    """
+    root = Path(directory)
+    candidates = [entry for entry in root.iterdir() if not _LEFT_OUT.fullmatch(entry.name)]
+    templates = root / _TEMPLATE_DIRECTORY
+    if templates.is_dir():
+        candidates.extend(templates.glob("*.jinja"))
+    files, code, notes = [], [], []
+    for path in sorted(candidates):
+        if not path.is_file():
+            continue
+        name = str(path.relative_to(root))
+        if path.stat().st_size > _MAX_SIDE_FILE_BYTES:
+            notes.append(f"did not copy {name}: it is larger than {_MAX_SIDE_FILE_BYTES} bytes")
+        elif path.suffix == ".py":
+            code.append(name)
+            if include_code:
+                files.append(SideFile(path, name))
+        else:
+            files.append(SideFile(path, name))
+    if code:
+        what = "copied, not run" if include_code else "left out"
+        notes.append(f"Python files of the model, {what}: {', '.join(code)}")
+    return files, notes
+
+
+def read_side_file(file: SideFile, *, output_dtype: DType | None) -> bytes:
+    """Return the content of a side file as it belongs into the output.
+
+    Args:
+        file: Which one.
+        output_dtype: dtype of the output's weights if it differs from the input's; then
+            ``dtype`` and ``torch_dtype`` in ``config.json`` are set to it.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
+    opened = PositionalFile(file.path, os.fspath(file.path))
+    try:
+        content = opened.read(0, opened.size)
+    finally:
+        opened.close()
+    if file.name != "config.json" or output_dtype is None:
+        return content
+    try:
+        config = json.loads(content)
+    except ValueError as error:
+        raise CheckpointError(f"{file.path}: is not valid JSON") from error
+    for key in ("dtype", "torch_dtype"):
+        if isinstance(config, dict) and isinstance(config.get(key), str):
+            config[key] = output_dtype.name
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8")

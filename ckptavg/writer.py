@@ -1,0 +1,370 @@
+"""The sink: header-first safetensors files, written by position, published by one rename.
+
+Everything is written into ``OUT.partial-<fingerprint>/`` beside the output, synced to storage,
+and renamed. OUT either does not exist, is what it was before, or is complete.
+"""
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from ckptavg.errors import AfterPublishError, OutputError, UsageError
+from ckptavg.plan import Action, AveragePlan, TensorPlan
+from ckptavg.tensors import FileStamp
+
+PROVENANCE_NAME = "ckptavg.json"
+INDEX_NAME = "model.safetensors.index.json"
+_HEADER_ALIGNMENT = 8
+_SPARE_BYTES = 64 * 2**20  # side files, directory entries
+_RENAME_NOREPLACE, _RENAME_EXCHANGE, _AT_FDCWD = 1, 2, -100
+
+
+def check_destination(
+    output: Path,
+    *,
+    overwrite: bool,
+    needed_bytes: int,
+    inputs: Sequence[FileStamp],
+    input_directories: Sequence[str],
+) -> None:
+    """Refuse an output that cannot or must not be written, before anything is read.
+
+    Args:
+        output: The directory to be made.
+        overwrite: Whether an existing model directory may be replaced.
+        needed_bytes: Size of the output.
+        inputs: The files that will be read.
+        input_directories: The model directories among the sources.
+
+    Raises:
+        UsageError: If the output is, lies inside, or contains an input.
+        OutputError: If it exists and may not be replaced, or there is not enough room.
+    """
+    where = Path(os.path.realpath(output))
+    for directory in input_directories:
+        inside = Path(os.path.realpath(directory))
+        if where == inside or inside in where.parents:
+            raise UsageError(f"{output}: lies inside the input {directory}; choose another output")
+    for stamp in inputs:
+        file = Path(os.path.realpath(stamp.path))
+        if where == file or where in file.parents or where in Path(stamp.path).absolute().parents:
+            raise UsageError(f"{output}: holds the input {stamp.path}; choose another output")
+    if os.path.lexists(output):
+        if not overwrite:
+            raise OutputError(f"{output}: already exists; pass --overwrite to replace it")
+        _check_replaceable(output)
+    parent = _existing_parent(where)
+    if not parent.is_dir():
+        raise OutputError(f"{output}: {parent} is not a directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{output}: {parent} is not writable")
+    free_bytes = shutil.disk_usage(parent).free
+    if needed_bytes + _SPARE_BYTES > free_bytes:
+        raise OutputError(
+            f"{output}: needs {needed_bytes} bytes, but only {free_bytes} are free in {parent}"
+        )
+
+
+class ModelWriter:
+    """Writes one model directory; a context manager that leaves nothing behind unless published.
+
+    Use: ``with ModelWriter(...) as writer:``, any number of ``write``, ``patch`` and ``add_file``
+    calls, then ``publish``.
+    """
+
+    def __init__(
+        self, output: Path, plan: AveragePlan, *, metadata: Mapping[str, str], overwrite: bool
+    ) -> None:
+        """Prepare to write; nothing is created before the context is entered.
+
+        Args:
+            output: The model directory to publish.
+            plan: What will be written.
+            metadata: String map for the header of every weight file.
+            overwrite: Whether an existing output is replaced.
+        """
+        # the directory itself, not a link to it, is what gets replaced
+        self.output = Path(os.path.realpath(output)) if output.is_symlink() else output
+        self.partial = self.output.with_name(f"{self.output.name}.partial-{plan.fingerprint}")
+        self._shown = output
+        self._plan = plan
+        self._overwrite = overwrite
+        self._headers = [
+            _header([tensor for tensor in plan.tensors if tensor.shard == shard], metadata)
+            for shard in range(len(plan.shards))
+        ]
+        self._descriptors: list[int] = []
+        self._lock = -1
+        self._made_parents: list[Path] = []
+        self._published = False
+
+    def __enter__(self) -> Self:
+        try:
+            self._create()
+        except OSError as error:
+            self._abandon()
+            raise self._failed(error) from error
+        except BaseException:
+            self._abandon()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not self._published:
+            self._abandon()
+
+    def write(self, shard: int, offset: int, data: memoryview) -> None:
+        """Write bytes at an offset in the data of one shard; from any thread, in any order.
+
+        Raises:
+            OutputError: If the storage refuses.
+        """
+        try:
+            _write_all(self._descriptors[shard], data, len(self._headers[shard]) + offset)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def patch(self, name: str, data: bytes) -> None:
+        """Replace the bytes of one tensor, under all its tied names."""
+        for tensor in self._plan.tensors:
+            if tensor.name == name or tensor.owner == name:
+                if len(data) != tensor.nbytes:
+                    raise AssertionError("the caller gives the tensor's own dtype and shape")
+                self.write(tensor.shard, tensor.offset, memoryview(data))
+
+    def add_file(self, name: str, content: bytes) -> None:
+        """Add a small file beside the weights.
+
+        Raises:
+            OutputError: If it cannot be written.
+        """
+        path = self.partial / name
+        try:
+            path.parent.mkdir(exist_ok=True)
+            descriptor = _create_file(path)
+            try:
+                _write_all(descriptor, memoryview(content), 0)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def publish(self) -> None:
+        """Sync everything to storage and give the directory its name, in one step.
+
+        Raises:
+            OutputError: If anything fails; what was there before is untouched.
+            AfterPublishError: If the output is in place, but the storage did not confirm it or
+                the replaced directory could not be removed.
+        """
+        try:
+            if len(self._plan.shards) > 1:
+                self.add_file(INDEX_NAME, _index(self._plan))
+            for descriptor in self._descriptors:
+                os.fsync(descriptor)
+            _sync_directory(self.partial)
+            replaced = self._rename()
+        except OSError as error:
+            raise self._failed(error) from error
+        self._published = True
+        self._close_files()
+        try:
+            _sync_directory(self.output.parent)
+            if replaced:
+                shutil.rmtree(self.partial)
+        except OSError as error:
+            raise AfterPublishError(
+                f"{self._shown}: is published and whole, but then: {error.strerror}"
+            ) from error
+        finally:
+            self._unlock()
+
+    def _rename(self) -> bool:
+        """Move the partial directory into place; return whether it now holds the replaced one."""
+        exists = os.path.lexists(self.output)
+        if exists and not self._overwrite:
+            raise OutputError(
+                f"{self._shown}: appeared while it was being written; nothing replaced"
+            )
+        if exists:
+            _check_replaceable(self.output)
+        try:
+            _renameat2(self.partial, self.output, _RENAME_EXCHANGE if exists else _RENAME_NOREPLACE)
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                raise OutputError(
+                    f"{self._shown}: appeared while it was being written; nothing replaced"
+                ) from error
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+                raise
+            if exists:
+                raise OutputError(
+                    f"{self._shown}: this file system cannot exchange two directories in one step; "
+                    "remove the old output first"
+                ) from error
+            self.partial.rename(self.output)  # fails on anything but an empty directory
+        return exists
+
+    def _create(self) -> None:
+        missing = []
+        parent = self.output.parent
+        while not parent.exists():
+            missing.append(parent)
+            parent = parent.parent
+        for directory in reversed(missing):
+            directory.mkdir()
+            self._made_parents.append(directory)
+        self._lock_partial()
+        for shard, header in zip(self._plan.shards, self._headers, strict=True):
+            descriptor = _create_file(self.partial / shard.filename)
+            self._descriptors.append(descriptor)
+            _reserve(descriptor, len(header) + shard.nbytes)
+            _write_all(descriptor, memoryview(header), 0)
+
+    def _lock_partial(self) -> None:
+        """Make the partial directory, empty and held by this process alone."""
+        self.partial.mkdir(exist_ok=True)
+        descriptor = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise OutputError(
+                    f"{self._shown}: another ckptavg run is writing it at this moment"
+                ) from error
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+                raise
+            return  # a file system without locks: the rename still lets one writer win
+        self._lock = descriptor
+        for entry in self.partial.iterdir():  # left behind by a run that was killed
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def _abandon(self) -> None:
+        held = self._lock >= 0 or bool(self._descriptors)
+        self._close_files()
+        if held:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        self._unlock()
+        for directory in reversed(self._made_parents):
+            try:
+                directory.rmdir()
+            except OSError:
+                break
+
+    def _close_files(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _failed(self, error: OSError) -> OutputError:
+        reason = (error.strerror or str(error)).lower()
+        return OutputError(f"{self._shown}: cannot be written: {reason}; nothing was published")
+
+
+def _header(tensors: Sequence[TensorPlan], metadata: Mapping[str, str]) -> bytes:
+    """Return the 8-byte length and the padded JSON header of one weight file."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    for tensor in tensors:
+        entries[tensor.name] = {
+            "dtype": tensor.output_dtype.code,
+            "shape": list(tensor.info.shape),
+            "data_offsets": [tensor.offset, tensor.offset + tensor.nbytes],
+        }
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _index(plan: AveragePlan) -> bytes:
+    weight_map = {tensor.name: plan.shards[tensor.shard].filename for tensor in plan.tensors}
+    stored = [tensor for tensor in plan.tensors if tensor.action is not Action.ALIAS]
+    index = {
+        "metadata": {
+            "total_size": plan.total_nbytes,
+            "total_parameters": sum(tensor.info.numel for tensor in stored),
+        },
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def _check_replaceable(output: Path) -> None:
+    """Allow replacing a model directory or an empty one, never a folder with other things in it."""
+    if not output.is_dir():
+        raise OutputError(f"{output}: is not a directory; --overwrite replaces model directories")
+    names = [entry.name for entry in output.iterdir()]
+    if names and not any(
+        name == PROVENANCE_NAME or name.endswith((".safetensors", ".safetensors.index.json"))
+        for name in names
+    ):
+        raise OutputError(
+            f"{output}: holds other things than a model; --overwrite will not remove them"
+        )
+
+
+def _existing_parent(path: Path) -> Path:
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent
+
+
+def _create_file(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def _reserve(descriptor: int, nbytes: int) -> None:
+    """Take the disk space now, so that a full disk shows before the work."""
+    try:
+        os.posix_fallocate(descriptor, 0, nbytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
+        os.ftruncate(descriptor, nbytes)
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    data = data.cast("B")
+    while data.nbytes:
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot sync directories
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _renameat2(source: Path, target: Path, flags: int) -> None:
+    """Call renameat2(2): a rename that refuses to replace, or exchanges two names, in one step."""
+    library = ctypes.CDLL(None, use_errno=True)
+    function = getattr(library, "renameat2", None)
+    if function is None:
+        raise OSError(errno.ENOSYS, "renameat2 is not available")
+    if function(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
