@@ -1,0 +1,172 @@
+"""Options that several commands share, under the same names and words everywhere."""
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_UNITS = {
+    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+
+
+class ByteSize(click.ParamType[int]):
+    """A size such as ``512MiB``, ``5GB`` or a plain number of bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number of bytes."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
+        if not match or match[2].upper() not in _UNITS:
+            self.fail(f"'{value}' is not a size such as 512MiB or 5GB", param, ctx)
+        nbytes = int(float(match[1]) * _UNITS[match[2].upper()])
+        if nbytes <= 0:
+            self.fail(f"'{value}' is not a positive size", param, ctx)
+        return nbytes
+
+
+class KeyValue(click.ParamType[tuple[str, Any]]):
+    """``key=value``; the value is a Python literal if it can be read as one, else text."""
+
+    name = "key=value"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, Any]:
+        """Return key and value."""
+        import ast
+
+        key, equals, text = value.partition("=")
+        if not equals or not key.isidentifier():
+            self.fail(f"'{value}' is not of the form key=value", param, ctx)
+        try:
+            return key, ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return key, text
+
+
+class Coefficients(click.ParamType[tuple[float, ...]]):
+    """Comma-separated numbers or fractions: ``0.2,0.3,0.5`` or ``1/3,1/3,1/3``."""
+
+    name = "a,b,c"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        """Return the numbers."""
+        from fractions import Fraction
+
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(Fraction(part.strip())) for part in value.split(","))
+        except (ValueError, ZeroDivisionError):
+            self.fail(f"'{value}' is not a list of numbers such as 0.2,0.3,0.5", param, ctx)
+
+
+def _combined(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(function: Command) -> Command:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+output_options = _combined(
+    click.option(
+        "-o", "--output", required=True, type=click.Path(), metavar="OUT",
+        help="Model directory to make, for example -o swa.",
+    ),
+    click.option(
+        "--overwrite", is_flag=True,
+        help="Replace OUT if it is a model directory, in one step at the end.",
+    ),
+    click.option(
+        "--max-shard-size", type=ByteSize(), default="5GB", show_default=True,
+        help="Largest weight file, for example 10GB.",
+    ),
+    click.option(
+        "--no-code", is_flag=True,
+        help="Leave out the *.py files of the model directory (they are copied, never run).",
+    ),
+)  # fmt: skip
+
+reading_options = _combined(
+    click.option(
+        "--state-key", metavar="KEY",
+        help="Entry of torch files that holds the weights, for example ema or ema.module; "
+        "default: the usual one (state_dict, model, ...).",
+    ),
+    click.option(
+        "--strip-prefix", "strip_prefixes", multiple=True, metavar="PREFIX",
+        help="Remove a prefix from tensor names, for example model. (repeatable); module. and "
+        "_orig_mod. go by themselves where all names have them.",
+    ),
+)  # fmt: skip
+
+machine_options = _combined(
+    click.option(
+        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]",
+        help="Where the arithmetic runs, for example cuda:1; auto takes a GPU where there is one "
+        "and enough to read.",
+    ),
+    click.option(
+        "--memory", type=ByteSize(), default="512MiB", show_default=True,
+        help="Upper bound for the buffers in host memory, for example 2GiB.",
+    ),
+    click.option(
+        "--io-threads", type=click.IntRange(min=1), metavar="N",
+        help="Threads that read, for example 8; default: chosen by the machine.",
+    ),
+)  # fmt: skip
+
+talk_options = _combined(
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    click.option("--quiet", is_flag=True, help="Show no progress and no notes on stderr."),
+    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+)
+
+
+def model_options(*, required: bool) -> Callable[[Command], Command]:
+    """Return the options that name the user's model and data."""
+    return _combined(
+        click.option(
+            "--model", "model_name", required=required, metavar="PKG.MOD:THING",
+            help="Model for the BatchNorm pass: a module, a class or a factory, for example "
+            "my_pkg.models:build; the current directory is searched too.",
+        ),
+        click.option(
+            "--model-arg", "model_arguments", multiple=True, type=KeyValue(),
+            help="Argument for the class or factory, for example num_classes=10 (repeatable).",
+        ),
+        click.option(
+            "--data", "data_name", required=required, metavar="PKG.MOD:THING",
+            help="Training data for the BatchNorm pass: an iterable of batches or a factory of "
+            "one, for example my_pkg.data:train_batches.",
+        ),
+        click.option(
+            "--data-arg", "data_arguments", multiple=True, type=KeyValue(),
+            help="Argument for the factory of the data, for example batch_size=256 (repeatable).",
+        ),
+        click.option(
+            "--forward", "forward_name", metavar="PKG.MOD:FN",
+            help="fn(model, batch) that runs the model on a batch, for example my_pkg:forward; "
+            "default: tensors, first items of tuples, mappings as keyword arguments.",
+        ),
+        click.option(
+            "--batches", "max_batches", type=click.IntRange(min=1), metavar="N",
+            help="Use at most N batches, for example 100; default: all.",
+        ),
+        click.option(
+            "--samples", "max_samples", type=click.IntRange(min=1), metavar="N",
+            help="Stop after the batch that reaches N samples, for example 10000; default: all.",
+        ),
+    )  # fmt: skip
