@@ -19,8 +19,9 @@ The last term is the variance between batches, which the authors' routine and
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -29,8 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
-from ckptavg.errors import BatchNormError
+from ckptavg.errors import BatchNormError, UsageError
 
 Forward = Callable[[nn.Module, Any], object]
 BnProgress = Callable[[int], None]  # called with the samples done since the last call
@@ -64,7 +66,7 @@ class BnReport:
         layers: The layers recomputed, in the order of the model.
         n_batches: Batches used.
         n_samples: Samples used.
-        skipped: Module name -> why its statistics were left alone.
+        skipped: Module name -> why its statistics were left alone, as in "is frozen".
         seconds: Wall time.
     """
 
@@ -92,15 +94,16 @@ def recompute_bn_stats(
     """Replace the running statistics of every BatchNorm layer by those of the given batches.
 
     Only BatchNorm layers run in training mode, so dropout stays off. Layers that the user froze
-    (in evaluation mode inside a model in training mode) are left alone. Training modes, momenta,
-    hooks and the random state are as before when this returns or raises; if it raises, so are all
-    buffers.
+    (in evaluation mode inside a model in training mode, or with ``track_running_stats`` turned
+    off) are left alone. Training modes, momenta, hooks, torch's random state and all buffers but
+    the statistics are as before when this returns or raises; if it raises, so are the statistics.
 
     Args:
         model: Any module; runs where its parameters are.
         batches: Yields a tensor, a tuple or list (its first item is the input), a mapping
             (keyword arguments), or anything that ``forward`` takes. Moved to the model's device.
-        forward: ``forward(model, batch)`` runs the model; None calls it as described above.
+        forward: ``forward(model, batch)`` runs the model and leaves its training modes alone;
+            None calls it as described above.
         max_batches: Use at most so many batches; None uses all.
         max_samples: Stop after the batch that reaches so many samples; None uses all.
         progress: Called with the samples of each batch.
@@ -110,8 +113,13 @@ def recompute_bn_stats(
 
     Raises:
         BatchNormError: If there are no batches, a batch has one value per channel, a layer is
-            never reached, or a statistic is not finite.
+            never reached, a statistic is not finite or does not fit the dtype of its buffer, or
+            ``max_samples`` is given and a batch does not tell its size.
+        UsageError: If ``max_batches`` or ``max_samples`` is less than 1.
     """
+    for option, value in (("max_batches", max_batches), ("max_samples", max_samples)):
+        if value is not None and value < 1:
+            raise UsageError(f"{option} is {value}, expected at least 1")
     layers, skipped = _layers_to_update(model)
     started = time.perf_counter()
     if not layers:
@@ -119,7 +127,8 @@ def recompute_bn_stats(
     run = forward or _default_forward
     device = next(iter(layers.values())).running_mean.device  # type: ignore[union-attr]  # tracked
     n_batches = n_samples = 0
-    with _restored_on_exit(model, layers), torch.inference_mode():
+    # not inference_mode: whatever the model or the loader caches would be unfit for training
+    with _restored_on_exit(model, layers), torch.no_grad():
         pooled = _PooledStatistics(layers)
         with pooled.observing():
             for batch in islice(batches, max_batches):
@@ -128,6 +137,11 @@ def recompute_bn_stats(
                 pooled.merge_pending()
                 n_batches += 1
                 count = _batch_size(batch)
+                if max_samples is not None and count == 0:
+                    raise BatchNormError(
+                        f"a batch is a {type(batch).__name__}, whose samples cannot be counted; "
+                        "use max_batches (--batches) instead of max_samples (--samples)"
+                    )
                 n_samples += count
                 if progress is not None:
                     progress(count)
@@ -171,33 +185,42 @@ class _PooledStatistics:
         handles = []
         try:
             for name, layer in self._layers.items():
-                handles.append(layer.register_forward_pre_hook(self._before(name, layer)))
-                handles.append(layer.register_forward_hook(self._after(name, layer)))
+                before, after = self._before(name, layer), self._after(name, layer)
+                handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+                handles.append(layer.register_forward_hook(after, with_kwargs=True))
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
     def _before(self, name: str, layer: _BatchNorm) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            if not layer.training:
+                raise BatchNormError(
+                    f"layer '{name}' was put into evaluation mode during the pass; forward must "
+                    "leave the training modes alone"
+                )
             if name in self._pending:  # used twice in one forward: the buffers are overwritten
                 self.merge_pending()
-            count = inputs[0].numel() // layer.num_features
+            count = _only_input(inputs, named).numel() // layer.num_features
             if count < 2:
                 raise BatchNormError(
-                    f"layer '{name}' got a batch with {count} value per channel, which has no "
-                    "variance; use larger batches, or drop the last small one"
+                    f"layer '{name}' got a batch with {count or 'no'} value per channel, which has "
+                    "no variance; use larger batches, or drop the last small one"
                 )
 
         return hook
 
     def _after(self, name: str, layer: _BatchNorm) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            count = inputs[0].numel() // layer.num_features
+        def hook(
+            module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
+        ) -> None:
+            values = _only_input(inputs, named)
+            count = values.numel() // layer.num_features
             if layer.running_mean.dtype in (torch.float16, torch.bfloat16):  # type: ignore[union-attr]
                 # 16-bit buffers cannot hold a batch's statistics: take them from the input
-                dims = [dim for dim in range(inputs[0].dim()) if dim != 1]
-                variance, mean = torch.var_mean(inputs[0].double(), dims)
+                dims = [dim for dim in range(values.dim()) if dim != 1]
+                variance, mean = torch.var_mean(values.double(), dims)
             else:
                 mean, variance = layer.running_mean, layer.running_var  # type: ignore[assignment]
             self._pending[name] = (count, mean, variance)
@@ -234,29 +257,35 @@ class _PooledStatistics:
         """Return the pooled statistics of every layer.
 
         Raises:
-            BatchNormError: If a layer was never reached, or a statistic is not finite.
+            BatchNormError: If a layer was never reached, or a statistic is not finite or does not
+                fit the dtype of its buffer.
         """
-        unreached = [name for name, count in self._counts.items() if count == 0]
+        unreached = [f"'{name}'" for name, count in self._counts.items() if count == 0]
         if unreached:
+            more = ", ..." if len(unreached) > 3 else ""
             raise BatchNormError(
-                f"{len(unreached)} BatchNorm layers were never reached by the data: "
-                f"{', '.join(unreached[:3])}"
+                f"{len(unreached)} of {len(self._layers)} BatchNorm layers were never reached by "
+                f"the data: {', '.join(unreached[:3])}{more}"
             )
-        for name, place in self._place.items():
-            bad = ~(torch.isfinite(self._mean[place]) & torch.isfinite(self._m2[place]))
-            if bad.any():
-                raise BatchNormError(
-                    f"layer '{name}': {int(bad.sum())} of {bad.numel()} channels have non-finite "
-                    "statistics; the data or the weights hold infinity or NaN"
-                )
-        return {
-            name: _Statistics(
-                self._mean[place].clone(),
-                self._m2[place] / (self._counts[name] - 1),
-                self._counts[name],
+        return {name: self._finished(name, place) for name, place in self._place.items()}
+
+    def _finished(self, name: str, place: slice) -> _Statistics:
+        layer, count = self._layers[name], self._counts[name]
+        mean, variance = self._mean[place].clone(), self._m2[place] / (count - 1)
+        bad = _n_nonfinite(mean, variance)
+        if bad:
+            raise BatchNormError(
+                f"layer '{name}': {bad} of {layer.num_features} channels have non-finite "
+                "statistics; the data or the weights hold infinity or NaN"
             )
-            for name, place in self._place.items()
-        }
+        dtype = layer.running_var.dtype  # type: ignore[union-attr]  # tracked
+        bad = _n_nonfinite(mean.to(dtype), variance.to(dtype))
+        if bad:
+            raise BatchNormError(
+                f"layer '{name}': {bad} of {layer.num_features} channels have statistics too large "
+                f"for the {str(dtype).removeprefix('torch.')} of its buffers"
+            )
+        return _Statistics(mean, variance, count)
 
     def _joined(self, tensors: list[Tensor]) -> Tensor:
         return torch.cat([tensor.to(self._device, torch.float64) for tensor in tensors])
@@ -265,6 +294,15 @@ class _PooledStatistics:
 def _repeat(values: list[int], sizes: list[int], device: torch.device) -> Tensor:
     counts = torch.tensor(values, dtype=torch.float64)
     return counts.repeat_interleave(torch.tensor(sizes)).to(device, non_blocking=True)
+
+
+def _only_input(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+    value: Tensor = inputs[0] if inputs else named["input"]
+    return value
+
+
+def _n_nonfinite(mean: Tensor, variance: Tensor) -> int:
+    return int((~(torch.isfinite(mean) & torch.isfinite(variance))).sum())
 
 
 def _tracks(layer: nn.Module) -> bool:
@@ -279,8 +317,12 @@ def _layers_to_update(model: nn.Module) -> tuple[dict[str, _BatchNorm], dict[str
             continue
         if layer.running_mean is None:
             skipped[name] = "keeps no running statistics"
+        elif not layer.track_running_stats:  # turned off later: it uses them, but never updates
+            skipped[name] = "is frozen: track_running_stats is off"
         elif model.training and not layer.training:
-            skipped[name] = "frozen: in evaluation mode inside a model in training mode"
+            skipped[name] = "is frozen: in evaluation mode inside a model in training mode"
+        elif is_lazy(layer.running_mean):
+            raise BatchNormError(f"layer '{name}' is lazy and was never run: run one batch first")
         else:
             layers[name] = layer
     return layers, skipped
@@ -290,18 +332,21 @@ def _layers_to_update(model: nn.Module) -> tuple[dict[str, _BatchNorm], dict[str
 def _restored_on_exit(model: nn.Module, layers: Mapping[str, _BatchNorm]) -> Iterator[None]:
     """Put the model into the state for the pass; put everything back, whatever happens.
 
-    The buffers, too: the caller stores the new statistics once they are complete.
+    The statistics, too: the caller stores the new ones once they are complete. Modes are set by
+    attribute, there and back, because ``eval`` of a user's module may do more than that.
     """
     modes = [(module, module.training) for module in model.modules()]
     momenta = [(layer, layer.momentum) for layer in layers.values()]
     buffers = [
-        (layer, {name: buffer.clone() for name, buffer in _bn_buffers(layer)})
-        for layer in layers.values()
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
     ]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices):
-            model.eval()
+            for module, _ in modes:
+                module.training = False
             for layer in layers.values():
                 layer.training = True
                 layer.momentum = 1.0  # the buffers then hold the last batch's statistics
@@ -312,16 +357,10 @@ def _restored_on_exit(model: nn.Module, layers: Mapping[str, _BatchNorm]) -> Ite
             module.training = mode
         for layer, momentum in momenta:
             layer.momentum = momentum
-        for layer, saved in buffers:
-            for name, buffer in _bn_buffers(layer):
-                buffer.copy_(saved[name])
-
-
-def _bn_buffers(layer: _BatchNorm) -> Iterator[tuple[str, Tensor]]:
-    for name in ("running_mean", "running_var", "num_batches_tracked"):
-        buffer = getattr(layer, name)
-        if buffer is not None:
-            yield name, buffer
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                buffer.copy_(value)
+                setattr(module, name, buffer)
 
 
 def _store(name: str, layer: _BatchNorm, new: _Statistics, n_batches: int) -> BnLayerReport:
@@ -359,16 +398,21 @@ def _default_forward(model: nn.Module, batch: Any) -> object:
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:
-    """Move every tensor in nested tuples, lists and mappings to a device."""
+    """Move every tensor in nested tuples, lists and mappings to a device; types stay."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
+    if isinstance(batch, MutableMapping):
+        moved = copy.copy(batch)  # transformers' BatchEncoding.to would change the user's own
+        for key, value in batch.items():
+            moved[key] = _to_device(value, device)
+        return moved
     if isinstance(batch, Mapping):
         return {key: _to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(_to_device(item, device) for item in batch))
     if isinstance(batch, (tuple, list)):
         return type(batch)(_to_device(item, device) for item in batch)
-    if hasattr(batch, "to") and callable(batch.to):  # transformers' BatchEncoding and the like
+    if hasattr(batch, "to") and callable(batch.to):  # PyTorch Geometric's Data and the like
         return batch.to(device)
     return batch
 

@@ -1,16 +1,18 @@
 """Peak memory of this process, as the operating system and torch count it."""
 
-import sys
+import re
+from pathlib import Path
 
 
 def peak_host_bytes() -> int | None:
     """Return the largest resident set so far in bytes, or None where the system does not tell."""
+    # not getrusage: after fork and exec it still counts the parent's memory
     try:
-        import resource
-    except ImportError:  # pragma: no cover - not on Linux or macOS
+        status = Path("/proc/self/status").read_text()
+    except OSError:
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    match = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
+    return int(match[1]) * 1024 if match else None
 
 
 def peak_device_bytes(device: str) -> int | None:

@@ -4,21 +4,35 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ckptavg.batchnorm import BnReport
 from ckptavg.checkpoint import Checkpoint
-from ckptavg.errors import ModelError
+from ckptavg.errors import BatchNormError, ModelError
 from ckptavg.tensors import Piece, TensorInfo
 
 
 def check_names(model: nn.Module, tensors: Mapping[str, TensorInfo], label: str) -> None:
     """Refuse a model whose state dict has other names or shapes than the tensors.
 
+    Of names that the model ties, one is enough.
+
     Raises:
-        ModelError: With the first few names that differ.
+        ModelError: With the first few names that differ, or if the model has no storage yet.
     """
     state = model.state_dict()
-    missing = [name for name in state if name not in tensors]
+    unbuilt = [name for name, value in state.items() if _has_no_storage(value)]
+    if unbuilt:
+        raise ModelError(
+            f"{len(unbuilt)} tensors of the model have no storage yet (lazy, or on the meta "
+            f"device): {_some(unbuilt)}; build it with real weights"
+        )
+    tied = _tied_names(state)
+    missing = [
+        name
+        for name in state
+        if name not in tensors and not any(other in tensors for other in tied.get(name, ()))
+    ]
     unexpected = [name for name in tensors if name not in state]
     if missing or unexpected:
         parts = []
@@ -28,6 +42,8 @@ def check_names(model: nn.Module, tensors: Mapping[str, TensorInfo], label: str)
             parts.append(f"{len(unexpected)} tensors are not in the model: {_some(unexpected)}")
         raise ModelError(f"{label}: does not fit the model: {'; '.join(parts)}")
     for name, value in state.items():
+        if name not in tensors:  # tied to one that is there
+            continue
         if isinstance(value, Tensor) and tuple(value.shape) != tensors[name].shape:
             raise ModelError(
                 f"{label}: '{name}' has shape {list(tensors[name].shape)}, "
@@ -36,17 +52,28 @@ def check_names(model: nn.Module, tensors: Mapping[str, TensorInfo], label: str)
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Load every tensor of a checkpoint into a model; names must match exactly.
+    """Load every tensor of a checkpoint into a model; names must match as in ``check_names``.
 
     Values are cast to the model's dtypes and copied to its devices.
 
     Raises:
-        ModelError: If names or shapes differ, or the model refuses.
+        ModelError: If names or shapes differ, names that the model ties hold different values, or
+            the model refuses.
         CheckpointError: If the checkpoint cannot be read.
     """
     check_names(model, checkpoint.tensors, checkpoint.label)
+    values = dict(read_tensors(checkpoint))
+    for name, others in _tied_names(model.state_dict()).items():
+        owner = next(other for other in others if other in values)
+        if name not in values:
+            values[name] = values[owner]
+        elif not _same_bytes(values[name], values[owner]):
+            raise ModelError(
+                f"{checkpoint.label}: '{owner}' and '{name}' are one tensor in the model, but "
+                "hold different values"
+            )
     try:
-        model.load_state_dict(dict(read_tensors(checkpoint)), strict=True)
+        model.load_state_dict(values, strict=True)
     except RuntimeError as error:
         raise ModelError(f"{checkpoint.label}: does not fit the model: {error}") from error
 
@@ -70,18 +97,54 @@ def bn_buffer_bytes(
 ) -> Iterator[tuple[str, bytes]]:
     """Yield name and row-major bytes of every buffer that a BN pass has set.
 
+    A layer that the model holds under several names comes under each of them.
+
     Args:
         model: After ``recompute_bn_stats``.
         report: What it returned.
         dtypes: Tensor name -> torch's name of the dtype to store.
+
+    Raises:
+        ModelError: If the stored tensors go by other names than the layer's.
+        BatchNormError: If a statistic does not fit the dtype to store.
     """
     state = model.state_dict()
+    modules = dict(model.named_modules(remove_duplicate=False))
     for layer in report.layers:
-        for buffer in ("running_mean", "running_var", "num_batches_tracked"):
-            name = f"{layer.name}.{buffer}" if layer.name else buffer
-            if name in state and name in dtypes:
-                value = state[name].detach().to("cpu", getattr(torch, dtypes[name])).contiguous()
-                yield name, value.reshape(-1).view(torch.uint8).numpy().tobytes()
+        for path in (path for path, module in modules.items() if module is modules[layer.name]):
+            for buffer in ("running_mean", "running_var", "num_batches_tracked"):
+                name = f"{path}.{buffer}" if path else buffer
+                if name in state and name in dtypes:
+                    yield name, _row_major_bytes(name, state[name], dtypes[name])
+                elif path == layer.name and buffer != "num_batches_tracked":
+                    raise ModelError(f"'{name}' is not among the stored tensors")
+
+
+def _row_major_bytes(name: str, value: Tensor, dtype: str) -> bytes:
+    stored = value.detach().to("cpu", getattr(torch, dtype)).contiguous()
+    if not torch.isfinite(stored).all():
+        raise BatchNormError(f"'{name}' has values too large for {dtype}, in which it is stored")
+    return stored.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _has_no_storage(value: object) -> bool:
+    return isinstance(value, Tensor) and (is_lazy(value) or value.is_meta)
+
+
+def _tied_names(state: Mapping[str, object]) -> dict[str, list[str]]:
+    """Return, for every name that shares all its storage with others, all of these names."""
+    names_by_storage: dict[tuple[object, ...], list[str]] = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.numel():
+            place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+            names_by_storage.setdefault(place, []).append(name)
+    return {name: names for names in names_by_storage.values() if names[1:] for name in names}
+
+
+def _same_bytes(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(
+        first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8)
+    )
 
 
 def _some(names: Sequence[str], count: int = 3) -> str:

@@ -21,7 +21,7 @@ from ckptavg.average import (
     size_workspace,
 )
 from ckptavg.checkpoint import Checkpoint, normalise_names, open_checkpoint
-from ckptavg.errors import ModelError, UsageError
+from ckptavg.errors import CkptavgError, ModelError
 from ckptavg.memory import peak_device_bytes, peak_host_bytes
 from ckptavg.plan import DEFAULT_MAX_SHARD_BYTES, AveragePlan, plan_average
 from ckptavg.provenance import provenance, weight_file_metadata
@@ -168,6 +168,7 @@ def average_checkpoints(
         memory_budget_bytes=memory_budget_bytes,
         n_threads=n_threads,
         max_shard_bytes=max_shard_bytes,
+        runs_model=batchnorm is not None,
     ) as prepared:
         checkpoints, plan, workspace = prepared.checkpoints, prepared.plan, prepared.workspace
         check_destination(
@@ -234,10 +235,12 @@ def prepared_average(
     memory_budget_bytes: int = DEFAULT_MEMORY_BUDGET_BYTES,
     n_threads: int | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    runs_model: bool = False,
 ) -> Iterator[Prepared]:
     """Open the sources, decide everything from headers, and close them at the end.
 
-    Args as in ``average_checkpoints``; explicit coefficients follow the order of the sources.
+    Args as in ``average_checkpoints``; explicit coefficients follow the order of the sources, and
+    ``runs_model`` tells whether a BatchNorm pass will follow.
     """
     opened, notes = open_sources(sources, state_key=state_key)
     try:
@@ -253,7 +256,7 @@ def prepared_average(
         )
         workspace = size_workspace(
             plan,
-            choose_device(device, plan.read_nbytes),
+            choose_device(device, read_nbytes=plan.read_nbytes, runs_model=runs_model),
             memory_budget_bytes=memory_budget_bytes,
             n_threads=n_threads,
         )
@@ -339,7 +342,10 @@ def _build_model(batchnorm: BnPass, plan: AveragePlan, device: str) -> nn.Module
 
     from ckptavg.model import check_names
 
-    model = batchnorm.model if isinstance(batchnorm.model, nn.Module) else batchnorm.model()
+    model = batchnorm.model
+    if not isinstance(model, nn.Module):
+        with _user_code("building the model"):
+            model = model()
     if not isinstance(model, nn.Module):
         raise ModelError(f"the model is a {type(model).__name__}, expected a torch.nn.Module")
     check_names(model, {tensor.name: tensor.info for tensor in plan.tensors}, plan.labels[-1])
@@ -363,22 +369,36 @@ def _recompute_batchnorm(
     finally:
         averaged.close()
     batches = batchnorm.batches
-    if callable(batches) and not isinstance(batches, Iterable):
-        batches = batches()
-    if not isinstance(batches, Iterable):
-        raise UsageError(f"the data is a {type(batches).__name__}, expected an iterable of batches")
-    report = recompute_bn_stats(
-        model,
-        batches,
-        forward=batchnorm.forward,
-        max_batches=batchnorm.max_batches,
-        max_samples=batchnorm.max_samples,
-        progress=_stage(progress, "batchnorm", batchnorm.max_samples),
-    )
+    with _user_code("the BatchNorm pass"):
+        if callable(batches) and not isinstance(batches, Iterable):
+            batches = batches()
+        if not isinstance(batches, Iterable):
+            raise ModelError(
+                f"the data is a {type(batches).__name__}, expected an iterable of batches"
+            )
+        report = recompute_bn_stats(
+            model,
+            batches,
+            forward=batchnorm.forward,
+            max_batches=batchnorm.max_batches,
+            max_samples=batchnorm.max_samples,
+            progress=_stage(progress, "batchnorm", batchnorm.max_samples),
+        )
     dtypes = {tensor.name: tensor.output_dtype.name for tensor in plan.tensors}
     for name, data in bn_buffer_bytes(model, report, dtypes):
         writer.patch(name, data)
     return report
+
+
+@contextmanager
+def _user_code(doing: str) -> Iterator[None]:
+    """Turn what the user's model, data or forward raise into one error; the cause is kept."""
+    try:
+        yield
+    except CkptavgError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{doing} failed: {type(error).__name__}: {error}") from error
 
 
 def _copy_side_files(

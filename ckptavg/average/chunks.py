@@ -53,6 +53,7 @@ def take_chunk(
     return list(differing)
 
 
+@np.errstate(all="ignore")
 def repair_nonfinite(
     plan: AveragePlan,
     chunk: Chunk,
@@ -81,13 +82,12 @@ def repair_nonfinite(
 
     first_bits, first_values = suspects_of(used[0])
     equal = np.ones(len(suspects), np.bool_)
-    with np.errstate(all="ignore"):
-        total = first_values * coefficients.multipliers[used[0]]
-        for index in used[1:]:
-            other_bits, values = suspects_of(index)
-            equal &= other_bits == first_bits
-            total = total + values * coefficients.multipliers[index]
-        total = total / coefficients.divisor
+    total = first_values * coefficients.multipliers[used[0]]
+    for index in used[1:]:
+        other_bits, values = suspects_of(index)
+        equal &= other_bits == first_bits
+        total = total + values * coefficients.multipliers[index]
+    total = total / coefficients.divisor
     shared_infinity = equal & np.isinf(first_values)
     total[shared_infinity] = first_values[shared_infinity]
     if not plan.recipe.allow_nonfinite:

@@ -6,6 +6,8 @@ It never imports torch: importing that takes longer than averaging most models.
 from collections.abc import Sequence
 from threading import Lock
 
+import numpy as np
+
 from ckptavg.average.chunks import repair_nonfinite, take_chunk
 from ckptavg.average.numpy_arithmetic import NumpyArithmetic, workspace_nbytes
 from ckptavg.average.work import (
@@ -76,6 +78,7 @@ def average_on_cpu(
     outcome = Outcome()
     lock = Lock()
 
+    @np.errstate(all="ignore")  # what is not finite is found in the output
     def work() -> None:
         arithmetic = NumpyArithmetic(plan.rows, plan.recipe.accumulate)
         for chunk in chunks:

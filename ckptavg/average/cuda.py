@@ -114,6 +114,7 @@ def average_on_cuda(
     progress: Progress,
 ) -> Outcome:
     """Carry out a plan on a GPU; raises as ``average`` says."""
+    torch.empty(0, device=workspace.device)  # starts CUDA: there are no statistics before
     torch.cuda.reset_peak_memory_stats(workspace.device)
     return _Pipeline(plan, checkpoints, sinks, workspace, progress).run()
 

@@ -32,6 +32,7 @@ HIGH_HALF = np.uint32(0xFFFF0000)
 SIXTEEN = np.uint32(16)
 
 
+@np.errstate(over="ignore")
 def round_to_odd(values: Array, narrow: Array, widened: Array) -> Array:
     """Round float64 to float32 so that rounding the result again equals rounding once.
 
@@ -43,8 +44,7 @@ def round_to_odd(values: Array, narrow: Array, widened: Array) -> Array:
         narrow: float32 of the same length; receives and is the result.
         widened: float64 of the same length, for scratch.
     """
-    with np.errstate(over="ignore"):
-        np.copyto(narrow, values, casting="same_kind")
+    np.copyto(narrow, values, casting="same_kind")
     np.copyto(widened, narrow)
     bits = narrow.view(np.uint32)
     inexact = widened != values
@@ -70,12 +70,12 @@ def decode_to_float64(raw: Array, dtype: DType) -> Array:
     return raw.view(NUMPY_DTYPES[dtype]).astype(np.float64)
 
 
+@np.errstate(over="ignore")
 def encode_from_float64(values: Array, dtype: DType) -> Array:
     """Return float64 values rounded once to a dtype, as bits; every NaN becomes the same one."""
     values = np.where(np.isnan(values), np.nan, values)
     if dtype is not BFLOAT16:
-        with np.errstate(over="ignore"):
-            return values.astype(NUMPY_DTYPES[dtype]).view(BITS[dtype])
+        return values.astype(NUMPY_DTYPES[dtype]).view(BITS[dtype])
     words = round_to_odd(values, np.empty(len(values), np.float32), np.empty_like(values))
     bits = words.view(np.uint32)
     special = ~np.isfinite(values)

@@ -93,8 +93,7 @@ class NumpyArithmetic:
         else:
             if self._pairs:
                 total = self._interleave(total)
-            with np.errstate(over="ignore"):  # what overflows is found right below
-                np.copyto(bits.view(NUMPY_DTYPES[output_dtype]), total, casting="same_kind")
+            np.copyto(bits.view(NUMPY_DTYPES[output_dtype]), total, casting="same_kind")
             finite = self._largest_magnitude(bits[:numel]) < INFINITY_BITS[output_dtype]
         return bits[:numel].view(np.uint8).data, finite
 

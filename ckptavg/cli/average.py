@@ -105,7 +105,9 @@ def command(
         for name in ("coefficients", "accumulate", "dtype", "buffers", "allow_nonfinite")
     }
     if dry_run:
-        with prepared_average(sources, Recipe(**recipe), **reading) as prepared:
+        with prepared_average(
+            sources, Recipe(**recipe), **reading, runs_model=batchnorm is not None
+        ) as prepared:
             if as_json:
                 echo_json(plan_json(prepared, output))
             else:

@@ -32,7 +32,7 @@ def load_thing(name: str, option: str) -> Any:
         thing = importlib.import_module(module_name)
         for part in attribute.split("."):
             thing = getattr(thing, part)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without a main guard may call sys.exit
         raise ModelError(
             f"{option} {name}: cannot be imported: {type(error).__name__}: {error}"
         ) from error
@@ -53,7 +53,7 @@ def load_bn_pass(
 
     Raises:
         click.UsageError: If options are given that need others.
-        ModelError: If something named cannot be imported.
+        ModelError: If something named cannot be imported or is of the wrong kind.
     """
     if model_name is None and data_name is None:
         for option, value in (
@@ -83,9 +83,17 @@ def load_bn_pass(
         batches = partial(batches, **dict(data_arguments))
     elif data_arguments:
         raise click.UsageError(f"--data-arg: {data_name} is an iterable already, not a factory")
+    elif not isinstance(batches, Iterable):
+        raise ModelError(
+            f"--data {data_name}: is a {type(batches).__name__}, expected an iterable of batches"
+        )
     forward: Callable[..., Any] | None = None
     if forward_name is not None:
         forward = load_thing(forward_name, "--forward")
+        if not callable(forward):
+            raise ModelError(
+                f"--forward {forward_name}: is a {type(forward).__name__}, expected a function"
+            )
     return BnPass(
         model=model,
         batches=batches,
