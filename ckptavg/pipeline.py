@@ -161,6 +161,7 @@ def average_checkpoints(
     )
     with prepared_average(
         sources,
+        output,
         recipe,
         state_key=state_key,
         strip_prefixes=strip_prefixes,
@@ -168,17 +169,11 @@ def average_checkpoints(
         memory_budget_bytes=memory_budget_bytes,
         n_threads=n_threads,
         max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
         runs_model=batchnorm is not None,
     ) as prepared:
         checkpoints, plan, workspace = prepared.checkpoints, prepared.plan, prepared.workspace
-        check_destination(
-            output,
-            overwrite=overwrite,
-            needed_bytes=plan.total_nbytes,
-            inputs=[file for files in plan.files for file in files],
-            input_directories=[one.directory for one in checkpoints if one.directory],
-        )
-        model = None if batchnorm is None else _build_model(batchnorm, plan, workspace.device)
+        model = None if batchnorm is None else _build_model(batchnorm, prepared)
         metadata = weight_file_metadata(plan, __version__)
         with ModelWriter(output, plan, metadata=metadata, overwrite=overwrite) as writer:
             averaging = time.perf_counter()
@@ -189,10 +184,10 @@ def average_checkpoints(
             for checkpoint in checkpoints:
                 checkpoint.check_unchanged()
             average_seconds = time.perf_counter() - averaging
+            side_files, side_notes = _copy_side_files(checkpoints[-1], plan, writer, include_code)
             report = None
             if batchnorm is not None and model is not None:
                 report = _recompute_batchnorm(model, batchnorm, plan, writer, progress)
-            side_files, side_notes = _copy_side_files(checkpoints[-1], plan, writer, include_code)
             notes = (*plan.notes, *side_notes, *_batchnorm_notes(plan, report))
             writer.add_file(
                 PROVENANCE_NAME,
@@ -227,6 +222,7 @@ def average_checkpoints(
 @contextmanager
 def prepared_average(
     sources: Sequence[Source],
+    output: Source,
     recipe: Recipe,
     *,
     state_key: str | None = None,
@@ -235,6 +231,7 @@ def prepared_average(
     memory_budget_bytes: int = DEFAULT_MEMORY_BUDGET_BYTES,
     n_threads: int | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    overwrite: bool = False,
     runs_model: bool = False,
 ) -> Iterator[Prepared]:
     """Open the sources, decide everything from headers, and close them at the end.
@@ -259,6 +256,13 @@ def prepared_average(
             choose_device(device, read_nbytes=plan.read_nbytes, runs_model=runs_model),
             memory_budget_bytes=memory_budget_bytes,
             n_threads=n_threads,
+        )
+        check_destination(
+            Path(output),
+            overwrite=overwrite,
+            needed_bytes=plan.total_nbytes,
+            inputs=[file for files in plan.files for file in files],
+            input_directories=[one.directory for one in checkpoints if one.directory],
         )
         yield Prepared(checkpoints=checkpoints, plan=plan, workspace=workspace)
     finally:
@@ -336,7 +340,7 @@ def inspect_checkpoint(source: Source, *, state_key: str | None = None) -> Check
         checkpoint.close()
 
 
-def _build_model(batchnorm: BnPass, plan: AveragePlan, device: str) -> nn.Module:
+def _build_model(batchnorm: BnPass, prepared: Prepared) -> nn.Module:
     """Build the user's model and check that the average will fit it, before anything is read."""
     from torch import nn
 
@@ -348,8 +352,9 @@ def _build_model(batchnorm: BnPass, plan: AveragePlan, device: str) -> nn.Module
             model = model()
     if not isinstance(model, nn.Module):
         raise ModelError(f"the model is a {type(model).__name__}, expected a torch.nn.Module")
-    check_names(model, {tensor.name: tensor.info for tensor in plan.tensors}, plan.labels[-1])
-    return model.to(device)
+    last = prepared.checkpoints[-1]
+    check_names(model, last.tensors, last.label)
+    return model.to(prepared.workspace.device)
 
 
 def _recompute_batchnorm(

@@ -255,6 +255,12 @@ def plan_average(
         plan_notes.extend(f"{checkpoint.label}: {note}" for note in checkpoint.notes)
     owners, tie_notes = _tied_names(checkpoints)
     plan_notes.extend(tie_notes)
+    n_factors = sum(map(bool, map(_LORA_FACTOR.search, reference.tensors)))
+    if n_factors:
+        plan_notes.append(
+            f"{n_factors} tensors are LoRA factors: the mean of the factors is only near the mean "
+            "of their products, and only for checkpoints of one run"
+        )
     outputs = {
         name: _output_dtype(name, info, recipe, reference)
         for name, info in reference.tensors.items()

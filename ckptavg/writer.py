@@ -124,6 +124,10 @@ class ModelWriter:
     ) -> None:
         if not self._published:
             self._abandon()
+        elif error is not None and not isinstance(error, AfterPublishError):
+            raise AfterPublishError(
+                f"{self._shown}: is published and whole, but then: {type(error).__name__}"
+            ) from error
 
     def write(self, shard: int, offset: int, data: memoryview) -> None:
         """Write bytes at an offset in the data of one shard; from any thread, in any order.
@@ -171,8 +175,6 @@ class ModelWriter:
                 the replaced directory could not be removed.
         """
         try:
-            if len(self._plan.shards) > 1:
-                self.add_file(INDEX_NAME, _index(self._plan))
             for descriptor in self._descriptors:
                 os.fsync(descriptor)
             _sync_directory(self.partial)
@@ -229,10 +231,17 @@ class ModelWriter:
             self._made_parents.append(directory)
         self._lock_partial()
         for shard, header in zip(self._plan.shards, self._headers, strict=True):
-            descriptor = _create_file(self.partial / shard.filename)
+            try:
+                descriptor = _create_file(self.partial / shard.filename)
+            except FileExistsError as error:  # only where the file system has no locks
+                raise OutputError(
+                    f"{self.partial}: is there already; if no other run writes it, remove it"
+                ) from error
             self._descriptors.append(descriptor)
             _reserve(descriptor, len(header) + shard.nbytes)
             _write_all(descriptor, memoryview(header), 0)
+        if len(self._plan.shards) > 1:
+            self.add_file(INDEX_NAME, _index(self._plan))
 
     def _lock_partial(self) -> None:
         """Make the partial directory, empty and held by this process alone."""

@@ -54,6 +54,7 @@ class _Ended(BaseException):
 
     def __init__(self, number: int) -> None:
         self.exit_code = 128 + number
+        self.signal_name = signal.Signals(number).name
 
 
 def main() -> None:
@@ -72,10 +73,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: What follows ``ckptavg``; None takes it from ``sys.argv``.
     """
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _end)
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [(number, signal.signal(number, _end)) for number in numbers]
     try:
         code = cli.main(
             None if arguments is None else list(arguments),
@@ -88,14 +88,15 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         error.show()
         return 2
-    except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted; nothing was published", 130, debug)
     except _Ended as error:
-        return _fail("ended by a signal; nothing was published", error.exit_code, debug)
+        return _fail(f"ended by {error.signal_name}; nothing was published", error.exit_code, debug)
     except MemoryError:
         return _fail("out of memory; nothing was published (--memory lowers the need)", 1, debug)
     except CkptavgError as error:
         return _fail(str(error), exit_code_of(error), debug)
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
 
 
 def exit_code_of(error: CkptavgError) -> int:

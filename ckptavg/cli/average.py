@@ -106,7 +106,12 @@ def command(
     }
     if dry_run:
         with prepared_average(
-            sources, Recipe(**recipe), **reading, runs_model=batchnorm is not None
+            sources,
+            output,
+            Recipe(**recipe),
+            **reading,
+            overwrite=options["overwrite"],
+            runs_model=batchnorm is not None,
         ) as prepared:
             if as_json:
                 echo_json(plan_json(prepared, output))

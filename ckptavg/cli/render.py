@@ -70,9 +70,9 @@ def summary_lines(result: "AverageResult", done: str) -> list[str]:
         peaks.append(f"{size(result.peak_device_bytes)} on {result.device}")
     lines = [
         f"{result.output}: {done}",
-        f"  read {size(result.read_nbytes)}, wrote {size(result.written_nbytes)} in "
-        f"{result.seconds:.2f} s ({size(rate)}/s while averaging on {result.device}), "
-        + ", ".join(peaks),
+        f"  read {size(result.read_nbytes)} at {size(rate)}/s on {result.device}, "
+        f"wrote {size(result.written_nbytes)}; "
+        + ", ".join([f"{result.seconds:.2f} s in all", *peaks]),
     ]
     if result.differing:
         lines.append(

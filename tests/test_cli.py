@@ -1,0 +1,377 @@
+"""The command line as a user meets it: whole outputs, exit codes, signals, speed of --help."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from conftest import save_checkpoint, tree
+from safetensors.torch import load_file
+
+from ckptavg.cli import _COMMANDS, cli, exit_code_of, run
+from ckptavg.errors import AfterPublishError, CkptavgError, UsageError
+
+MODEL = """
+import torch
+from torch import nn
+
+def build(width=4):
+    return nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width))
+
+batches = [torch.arange(60.0).reshape(20, 3), torch.ones(5, 3)]
+
+def broken():
+    yield torch.ones(5, 3)
+    raise ValueError("the disk of the data is on fire")
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with three checkpoints of a small model, and its code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in list(sys.modules):
+        if name == "my_model":
+            monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "my_model.py").write_text(MODEL)
+    for step in (9, 10, 11):
+        torch.manual_seed(step)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+        model[1].num_batches_tracked.fill_(step)
+        torch.save({"epoch": step, "model": model.state_dict()}, f"epoch-{step}.pt")
+    return tmp_path
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = run(arguments)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def without_numbers(text: str) -> str:
+    """Replace what differs from run to run: times, rates and peak memory."""
+    text = re.sub(r"[\d.]+ s (\([^)]*\)|in all)", r"T s", text)
+    text = re.sub(r"at [\d.]+ [kMG]?B/s", "at R", text)
+    return re.sub(r"peak memory [\d.]+ [kMG]B", "peak memory M", text)
+
+
+def test_average_prints_a_summary_and_notes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(capsys, "average", "epoch-*.pt", "-o", "swa")
+    assert code == 0
+    assert without_numbers(out) == (
+        "swa: average of 3 checkpoints\n"
+        "  read 408 B at R on cpu, wrote 136 B; T s, peak memory M\n"
+        "  1 integer tensors differed, taken from epoch-11.pt: 1.num_batches_tracked\n"
+    )
+    assert err == (
+        "note: 2 BatchNorm statistics were averaged with the weights; recompute them on training "
+        "data: pass --model and --data, or run ckptavg recompute-bn\n"
+    )
+    assert sorted(tree(here / "swa")) == ["ckptavg.json", "model.safetensors"]
+
+
+def test_average_with_bn_pass_in_one_go(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(
+        capsys, "average", "epoch-{9..11}.pt", "-o", "swa", "--model", "my_model:build",
+        "--data", "my_model:batches",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "  BatchNorm: 1 layers recomputed over 25 samples in 2 batches, T s\n" in (
+        without_numbers(out)
+    )
+    loaded = load_file(here / "swa" / "model.safetensors")
+    inputs = torch.cat([torch.arange(60.0).reshape(20, 3), torch.ones(5, 3)]).double()
+    weights = [torch.load(f"epoch-{step}.pt")["model"] for step in (9, 10, 11)]
+    mean = {name: sum(one[name].double() for one in weights) / 3 for name in weights[0]}
+    features = inputs @ mean["0.weight"].T + mean["0.bias"]
+    for name, expected in (("running_mean", features.mean(0)), ("running_var", features.var(0))):
+        torch.testing.assert_close(loaded[f"1.{name}"].double(), expected, rtol=1e-5, atol=0)
+    assert loaded["1.num_batches_tracked"].item() == 2
+
+
+def test_recompute_bn_changes_only_the_statistics(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = call(
+        capsys, "recompute-bn", "epoch-9.pt", "-o", "fixed", "--model", "my_model:build",
+        "--model-arg", "width=4", "--data", "my_model:batches", "--batches", "1",
+    )  # fmt: skip
+    assert code == 0
+    assert out.startswith("fixed: epoch-9.pt with recomputed BatchNorm statistics\n")
+    before, after = torch.load("epoch-9.pt")["model"], load_file("fixed/model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+
+
+def test_dry_run_tells_the_plan_and_writes_nothing(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = call(
+        capsys, "average", "epoch-11.pt", "epoch-9.pt", "epoch-10.pt", "-o", "swa",
+        "--coefficients", "1/2,1/3,1/6", "--dry-run", "--io-threads", "2",
+    )  # fmt: skip
+    assert code == 0
+    size = "2.98 kB"
+    assert re.sub(r"[\d.]+ kB\n", f"{size}\n", out) == (
+        "would average 3 checkpoints (coefficients) into swa; nothing was read but headers\n"
+        "  checkpoint   step  epoch  coefficient     size\n"
+        f"  epoch-9.pt      -      9     0.333333  {size}\n"
+        f"  epoch-10.pt     -     10     0.166667  {size}\n"
+        f"  epoch-11.pt     -     11          0.5  {size}\n"
+        "tensors: 6 averaged (6 float32)\n"
+        "  1 integer or bool tensors copied; where checkpoints differ, from epoch-11.pt: "
+        "1.num_batches_tracked\n"
+        "read 408 B, write 136 B: model.safetensors (136 B)\n"
+        "on cpu: 2 threads, chunks of 1.05 MB; buffers at most 23.1 MB host, 0 B device memory\n"
+    )
+    assert not (here / "swa").exists()
+
+
+def test_json_output_can_be_parsed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(capsys, "average", "epoch-*.pt", "-o", "swa", "--json")
+    told = json.loads(out)
+    assert (code, err) == (0, "")
+    assert told["output"] == "swa"
+    assert told["n_checkpoints"] == 3
+    assert told["read_nbytes"] == 408
+    assert told["differing"] == ["1.num_batches_tracked"]
+    code, out, _ = call(capsys, "average", "epoch-*.pt", "-o", "x", "--json", "--dry-run")
+    plan = json.loads(out)
+    assert [one["epoch"] for one in plan["checkpoints"]] == [9, 10, 11]
+    assert plan["write_nbytes"] == 136
+    code, out, _ = call(capsys, "inspect", "swa", "--json")
+    (info,) = json.loads(out)
+    assert info["tensors"]["0.weight"] == {"dtype": "float32", "shape": [4, 3], "nbytes": 48}
+
+
+def test_inspect_shows_what_is_there(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "inspect", "epoch-9.pt")
+    assert code == 0
+    assert out == (
+        "epoch-9.pt: torch file, epoch 9, 7 tensors, 33 values, 136 B in 1 file\n"
+        "  tensor                   dtype   shape  size\n"
+        "  0.weight               float32     4x3  48 B\n"
+        "  0.bias                 float32       4  16 B\n"
+        "  1.weight               float32       4  16 B\n"
+        "  1.bias                 float32       4  16 B\n"
+        "  1.running_mean         float32       4  16 B\n"
+        "  1.running_var          float32       4  16 B\n"
+        "  1.num_batches_tracked    int64  scalar   8 B\n"
+    )
+
+
+AVERAGE = ["average", "epoch-*.pt", "-o", "swa"]
+ONE = ["average", "epoch-9.pt", "-o", "x"]
+BATCHES = ["--data", "my_model:batches"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["average", "nope.pt", "-o", "swa"], 1, "nope.pt: no such file or directory"),
+        (["average", "epoch-12.pt", "-o", "swa"],
+         1, "epoch-12.pt: no such file or directory; did you mean epoch-11.pt?"),
+        ([*AVERAGE, "--coefficients", "1,2"], 2, "2 coefficients for 3 checkpoints"),
+        ([*AVERAGE, "--device", "tpu"],
+         2, "device: 'tpu' is not one of auto, cpu, cuda, cuda:0, cuda:1, ..."),
+        ([*AVERAGE, "--state-key", "ema"],
+         1, "epoch-9.pt: no entry 'ema': 'ema' is not among 'epoch', 'model'"),
+        ([*AVERAGE, "--model", "my_model:nope", *BATCHES], 1,
+         "--model my_model:nope: cannot be imported: AttributeError: module 'my_model' has no "
+         "attribute 'nope'"),
+        ([*AVERAGE, "--model", "my_model:build", "--model-arg", "width=5", *BATCHES],
+         1, "epoch-11.pt: '0.weight' has shape [4, 3], [5, 3] in the model"),
+        ([*AVERAGE, "--model", "my_model:build", "--data", "my_model:broken"],
+         1, "the BatchNorm pass failed: ValueError: the disk of the data is on fire"),
+        (["inspect", "my_model.py"],
+         1,
+         "my_model.py: is neither a safetensors file nor a torch file, or its beginning is "
+         "damaged"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line_with_the_documented_code(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
+) -> None:
+    found, out, err = call(capsys, *arguments)
+    assert (found, out, err) == (code, "", f"ckptavg: error: {message}\n")
+    assert not list(here.glob("swa*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["average", "-o", "swa"], "Missing argument 'SOURCES...'"),
+        (["average", "epoch-9.pt"], "Missing option '-o' / '--output'"),
+        ([*ONE, "--memory", "lots"], "'lots' is not a size such as 512MiB or 5GB"),
+        ([*ONE, "--memory", "0MB"], "'0MB' is not a positive size"),
+        ([*ONE, "--coefficients", "a,b"], "'a,b' is not a list of numbers such as 0.2,0.3,0.5"),
+        ([*ONE, "--model", "my_model:build"],
+         "--model and --data belong together: the BatchNorm pass needs both"),
+        ([*ONE, "--samples", "3"], "--samples needs --model and --data"),
+        ([*ONE, "--model", "my_model", "--data", "a:b"],
+         "--model: 'my_model' is not of the form pkg.mod:thing"),
+        (["recompute-bn", "epoch-9.pt", "-o", "x", "--data", "a:b"], "Missing option '--model'"),
+        (["averag"], "No such command 'averag'"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_exits_with_2(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    code, out, err = call(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_debug_shows_the_traceback(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = call(
+        capsys, "average", "epoch-9.pt", "-o", "x", "--model", "my_model:build", "--data",
+        "my_model:broken", "--debug",
+    )  # fmt: skip
+    assert code == 1
+    assert 'raise ValueError("the disk of the data is on fire")' in err
+    assert err.endswith(
+        "ckptavg: error: the BatchNorm pass failed: ValueError: the disk of the data is on fire\n"
+    )
+
+
+def test_names_from_files_are_escaped(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "w\x1b[31m\n\u202ename"
+    save_checkpoint(here / "c", {hostile: torch.ones(1)}, "safetensors")
+    _, out, _ = call(capsys, "inspect", "c.safetensors")
+    assert "w\\x1b[31m\\n\\u202ename" in out
+    assert "\x1b" not in out
+    save_checkpoint(here / "d", {"plain": torch.ones(1)}, "safetensors")
+    _, _, err = call(capsys, "average", "c.safetensors", "d.safetensors", "-o", "x")
+    assert "'w\\x1b[31m\\n\\u202ename' is only in c.safetensors" in err
+    assert err.count("\n") == 1
+
+
+def test_every_error_has_its_exit_code() -> None:
+    codes = {error.__name__: exit_code_of(error("x")) for error in CkptavgError.__subclasses__()}
+    assert {name for name, code in codes.items() if code != 1} == {
+        UsageError.__name__,
+        AfterPublishError.__name__,
+    }
+    assert codes[UsageError.__name__] == 2
+    assert codes[AfterPublishError.__name__] == 3
+
+
+@pytest.mark.parametrize("name", list(_COMMANDS))
+def test_help_opens_with_a_sentence_and_closes_with_two_examples(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = call(capsys, name, "--help")
+    assert code == 0
+    examples = out.split("Examples:\n")[1].strip().splitlines()
+    assert len(examples) == 2
+    assert all(line.strip().startswith(f"ckptavg {name} ") for line in examples)
+
+
+def test_every_option_has_help() -> None:
+    context = click.Context(cli)
+    for name in _COMMANDS:
+        command = cli.get_command(context, name)
+        assert command is not None
+        assert command.help
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert parameter.help, f"{name} {parameter.name}"
+
+
+def program(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "ckptavg", *arguments]
+
+
+def test_help_version_and_completion_do_not_import_torch_or_numpy() -> None:
+    code = (
+        "import sys; from ckptavg.cli import run; run(sys.argv[1:]); "
+        "print({'torch', 'numpy', 'huggingface_hub', 'tqdm'} & set(sys.modules))"
+    )
+    for arguments in (["--help"], ["--version"], ["average", "--help"]):
+        result = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+        )
+        assert result.stdout.endswith("set()\n"), arguments
+    environment = {**os.environ, "_CKPTAVG_COMPLETE": "bash_source"}
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "ckptavg"],
+        capture_output=True, text=True, env=environment, check=True,
+    )  # fmt: skip
+    assert "_ckptavg_completion" in result.stdout
+    assert not re.search(r"\| +(torch|numpy)$", result.stderr, re.MULTILINE)
+
+
+def test_averaging_on_a_cpu_does_not_import_torch(here: Path) -> None:
+    code = (
+        "import sys; from ckptavg.cli import run; "
+        "code = run(['average', 'epoch-*.pt', '-o', 'swa', '--quiet']); "
+        "print(code, {'torch', 'huggingface_hub', 'click', 'tqdm'} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.endswith("0 {'click'}\n")
+
+
+def test_closed_or_full_stdout_does_not_fail_a_finished_run(here: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            program("average", "epoch-*.pt", "-o", "one"), stdout=full, stderr=subprocess.PIPE,
+            check=False,
+        )  # fmt: skip
+    assert result.returncode == 0
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run(
+        program("average", "epoch-*.pt", "-o", "two"), stdout=writing, stderr=subprocess.PIPE,
+        check=False,
+    )  # fmt: skip
+    os.close(writing)
+    assert result.returncode == 0
+    assert (here / "one" / "model.safetensors").exists()
+    assert (here / "two" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "message"),
+    [
+        (signal.SIGINT, 130, "ckptavg: error: ended by SIGINT; nothing was published\n"),
+        (signal.SIGTERM, 143, "ckptavg: error: ended by SIGTERM; nothing was published\n"),
+        (signal.SIGHUP, 129, "ckptavg: error: ended by SIGHUP; nothing was published\n"),
+    ],
+)
+def test_signals_end_the_run_with_nothing_left(
+    here: Path, number: signal.Signals, code: int, message: str
+) -> None:
+    (here / "slow.py").write_text(
+        "import time, torch\n"
+        "def batches():\n"
+        "    open('started', 'w').close()\n"
+        "    while True:\n"
+        "        time.sleep(0.01)\n"
+        "        yield torch.ones(5, 3)\n"
+    )
+    process = subprocess.Popen(
+        program(
+            "average", "epoch-*.pt", "-o", "swa", "--model", "my_model:build", "--data",
+            "slow:batches",
+        ),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (here / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert list(here.glob("swa.partial-*"))
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (code, message)
+    assert not list(here.glob("swa*"))

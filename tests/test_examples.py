@@ -1,0 +1,36 @@
+"""Every file in examples/ runs, and shows what it claims."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def test_quick_start_shows_what_averaging_and_the_bn_pass_bring(tmp_path: Path) -> None:
+    pytest.importorskip("mnist1d", reason="needs the extra 'examples'")
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / "quickstart.py"), "--work-dir", str(tmp_path / "work")],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    accuracy = {
+        row: float(value)
+        for row, value in re.findall(
+            r"^(\S.*?)\s{2,}([\d.]+)\s+[\d.]+$", result.stdout, re.MULTILINE
+        )
+    }
+    # bounds far from the worst of five seeds
+    assert accuracy["SWA + BN pass"] >= 95
+    assert accuracy["SWA + BN pass"] - accuracy["last checkpoint"] >= 3
+    assert accuracy["SWA + BN pass"] - accuracy["last checkpoint + BN pass"] >= 1
+    assert accuracy["SWA, no BN pass, BN statistics of the last"] <= 90
+    assert "checked: every weight is the float64 mean of the checkpoints" in result.stdout
+    assert "checked: the first BN layer's statistics" in result.stdout
+    assert sorted(path.name for path in (tmp_path / "work" / "swa").iterdir()) == [
+        "ckptavg.json",
+        "model.safetensors",
+    ]

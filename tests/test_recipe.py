@@ -1,0 +1,62 @@
+"""Coefficients: their sum, their number, their order."""
+
+import math
+from typing import Any
+
+import pytest
+
+from ckptavg import Recipe, UsageError
+from ckptavg.recipe import coefficient_row
+
+
+def test_uniform_divides_the_sum() -> None:
+    row = coefficient_row(Recipe(), 3)
+    assert row.multipliers == (1.0, 1.0, 1.0)
+    assert row.divisor == 3
+    assert math.fsum(row.coefficients) == pytest.approx(1, abs=1e-15)
+
+
+def test_explicit_coefficients_are_divided_by_their_sum() -> None:
+    row = coefficient_row(Recipe(coefficients=(0.3333333, 0.3333333, 0.3333333)), 3)
+    assert math.fsum(row.coefficients) == pytest.approx(1, abs=1e-15)
+    assert row.divisor == 1
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "message"),
+    [
+        ((0.5, 0.5, 0.0), "3 coefficients for 2 checkpoints"),
+        ((0.5, 0.6), "the coefficients sum to 1.1, not 1; divide each of them by their sum"),
+        ((1.0, -1.0), "the coefficients sum to 0, not 1"),
+        ((math.nan, 1.0), "coefficients must be finite numbers"),
+        ((math.inf, 1.0), "coefficients must be finite numbers"),
+    ],
+)
+def test_coefficients_that_make_no_mean_are_refused(
+    coefficients: tuple[float, ...], message: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        coefficient_row(Recipe(coefficients=coefficients), 2)
+    assert str(caught.value) == message
+
+
+def test_coefficients_follow_their_checkpoints() -> None:
+    recipe = Recipe(coefficients=(0.5, 0.2, 0.3))
+    assert recipe.reordered([1, 2, 0]).coefficients == (0.2, 0.3, 0.5)
+    with pytest.raises(UsageError, match="^3 coefficients for 2 checkpoints$"):
+        recipe.reordered([1, 0])
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("accumulate", "accumulate: 'int8' is not one of auto, float32, float64"),
+        ("dtype", "dtype: 'int8' is not one of same, float64, float32, bfloat16, float16"),
+        ("buffers", "buffers: 'int8' is not one of last, first, refuse"),
+    ],
+)
+def test_unknown_choices_are_refused(field: str, message: str) -> None:
+    choice: dict[str, Any] = {field: "int8"}
+    with pytest.raises(UsageError) as caught:
+        Recipe(**choice)
+    assert str(caught.value) == message
