@@ -24,29 +24,23 @@ if TYPE_CHECKING:
         SourceError,
         UsageError,
     )
-    from ckptavg.pipeline import (
-        AverageResult,
-        BnPass,
-        CheckpointInfo,
-        average_checkpoints,
-        inspect_checkpoint,
-        recompute_bn,
-    )
+    from ckptavg.pipeline import average_checkpoints, inspect_checkpoint, recompute_bn
     from ckptavg.plan import AveragePlan, plan_average
     from ckptavg.recipe import Recipe
+    from ckptavg.results import AverageResult, BnPass, CheckpointInfo
 
 # where each public name lives; imported when it is first used (PEP 562)
 _HOME = {
     "AfterPublishError": "errors",
     "AveragePlan": "plan",
-    "AverageResult": "pipeline",
+    "AverageResult": "results",
     "BatchNormError": "errors",
     "BnLayerReport": "batchnorm",
-    "BnPass": "pipeline",
+    "BnPass": "results",
     "BnReport": "batchnorm",
     "Checkpoint": "checkpoint",
     "CheckpointError": "errors",
-    "CheckpointInfo": "pipeline",
+    "CheckpointInfo": "results",
     "CkptavgError": "errors",
     "IncompatibleCheckpointsError": "errors",
     "MemoryBudgetError": "errors",

@@ -6,9 +6,10 @@ sources -> checkpoints (headers only) -> plan -> average -> writer -> [BatchNorm
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,74 +22,18 @@ from ckptavg.average import (
     size_workspace,
 )
 from ckptavg.checkpoint import Checkpoint, normalise_names, open_checkpoint
-from ckptavg.errors import CkptavgError, ModelError
+from ckptavg.errors import UsageError
 from ckptavg.memory import peak_device_bytes, peak_host_bytes
 from ckptavg.plan import DEFAULT_MAX_SHARD_BYTES, AveragePlan, plan_average
 from ckptavg.provenance import provenance, weight_file_metadata
 from ckptavg.recipe import Accumulate, Buffers, OutputDType, Recipe
-from ckptavg.side_files import find_side_files, read_side_file
-from ckptavg.sources import close_all, open_sources, order_by_position
-from ckptavg.tensors import DTYPE_BY_NAME, FileStamp, TensorInfo
+from ckptavg.results import AverageResult, BnPass, CheckpointInfo, Progress, Source
+from ckptavg.side_files import copy_side_files
+from ckptavg.sources import close_all, expand_sources, open_sources, order_by_position
 from ckptavg.writer import PROVENANCE_NAME, ModelWriter, check_destination
 
-if TYPE_CHECKING:  # importing torch takes longer than averaging most models
-    from torch import nn
-
-    from ckptavg.batchnorm import BnReport, Forward
-
-Source = str | Path
-Progress = Callable[[str, int, int | None], None]  # stage, done since the last call, total
-
-
-@dataclass(frozen=True, kw_only=True)
-class BnPass:
-    """A model and the data to recompute its BatchNorm statistics with.
-
-    Attributes:
-        model: The module, or a function without arguments that builds it. Its weights are replaced.
-        batches: An iterable of batches, or a function without arguments that returns one.
-        forward: ``forward(model, batch)`` runs the model; None passes tensors and first items of
-            tuples as they are, and mappings as keyword arguments.
-        max_batches, max_samples: Where to stop; None uses all data.
-    """
-
-    model: nn.Module | Callable[[], nn.Module]
-    batches: Iterable[Any] | Callable[[], Iterable[Any]]
-    forward: Forward | None = None
-    max_batches: int | None = None
-    max_samples: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class AverageResult:
-    """What a run did.
-
-    Attributes:
-        output: The published directory.
-        n_checkpoints: How many checkpoints went in.
-        device: Where the arithmetic ran.
-        read_nbytes, written_nbytes: Bytes of tensor data.
-        seconds: Wall time of everything; ``average_seconds`` of reading, averaging and writing.
-        peak_host_bytes: Largest resident memory of the process; None where it cannot be told.
-        peak_device_bytes: Largest memory allocated on the CUDA device; None on a CPU.
-        differing: Integer and bool tensors that differed and were taken from ``taken_from``.
-        notes: What the user should know.
-        batchnorm: What the BatchNorm pass did; None without one.
-    """
-
-    output: Path
-    n_checkpoints: int
-    device: str
-    read_nbytes: int
-    written_nbytes: int
-    seconds: float
-    average_seconds: float
-    peak_host_bytes: int | None
-    peak_device_bytes: int | None
-    differing: tuple[str, ...]
-    taken_from: str
-    notes: tuple[str, ...]
-    batchnorm: BnReport | None
+if TYPE_CHECKING:
+    from ckptavg.batchnorm import BnReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +118,7 @@ def average_checkpoints(
         runs_model=batchnorm is not None,
     ) as prepared:
         checkpoints, plan, workspace = prepared.checkpoints, prepared.plan, prepared.workspace
-        model = None if batchnorm is None else _build_model(batchnorm, prepared)
+        run_bn_pass = _bn_pass(batchnorm, checkpoints[-1], workspace.device)
         metadata = weight_file_metadata(plan, __version__)
         with ModelWriter(output, plan, metadata=metadata, overwrite=overwrite) as writer:
             averaging = time.perf_counter()
@@ -184,10 +129,15 @@ def average_checkpoints(
             for checkpoint in checkpoints:
                 checkpoint.check_unchanged()
             average_seconds = time.perf_counter() - averaging
-            side_files, side_notes = _copy_side_files(checkpoints[-1], plan, writer, include_code)
+            side_files, side_notes = copy_side_files(
+                checkpoints[-1].directory, writer,
+                include_code=include_code, output_dtype=plan.changed_dtype,
+            )  # fmt: skip
             report = None
-            if batchnorm is not None and model is not None:
-                report = _recompute_batchnorm(model, batchnorm, plan, writer, progress)
+            if batchnorm is not None and run_bn_pass is not None:
+                report = run_bn_pass(
+                    plan, writer, _stage(progress, "batchnorm", batchnorm.max_samples)
+                )
             notes = (*plan.notes, *side_notes, *_batchnorm_notes(plan, report))
             writer.add_file(
                 PROVENANCE_NAME,
@@ -283,31 +233,14 @@ def recompute_bn(
             ``average_checkpoints``.
 
     Raises:
-        BatchNormError: If the model has no BatchNorm layers with running statistics, or the
-            pass fails.
+        UsageError: If the source is a pattern that names several checkpoints.
         CkptavgError: As ``average_checkpoints`` does.
     """
+    paths = expand_sources([source])
+    if len(paths) != 1:
+        raise UsageError(f"{source}: names {len(paths)} checkpoints, expected one model")
     # the average of one checkpoint is that checkpoint
-    return average_checkpoints(
-        [source], output, batchnorm=batchnorm, allow_nonfinite=True, **options
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointInfo:
-    """What the headers of one checkpoint tell."""
-
-    source: str
-    layout: str
-    step: int | None
-    epoch: int | None
-    nbytes: int
-    n_parameters: int
-    files: tuple[FileStamp, ...]
-    tensors: Mapping[str, TensorInfo]
-    aliases: Mapping[str, str]
-    metadata: Mapping[str, str]
-    notes: tuple[str, ...] = field(default=())
+    return average_checkpoints(paths, output, batchnorm=batchnorm, allow_nonfinite=True, **options)
 
 
 def inspect_checkpoint(source: Source, *, state_key: str | None = None) -> CheckpointInfo:
@@ -340,83 +273,16 @@ def inspect_checkpoint(source: Source, *, state_key: str | None = None) -> Check
         checkpoint.close()
 
 
-def _build_model(batchnorm: BnPass, prepared: Prepared) -> nn.Module:
-    """Build the user's model and check that the average will fit it, before anything is read."""
-    from torch import nn
+def _bn_pass(
+    batchnorm: BnPass | None, checkpoint: Checkpoint, device: str
+) -> Callable[[AveragePlan, ModelWriter, Callable[[int], None]], BnReport] | None:
+    """Build the user's model; return what will run the BatchNorm pass on the written average."""
+    if batchnorm is None:
+        return None
+    # imported here: importing torch takes longer than averaging most models
+    from ckptavg.bn_pass import build_model, recompute_written
 
-    from ckptavg.model import check_names
-
-    model = batchnorm.model
-    if not isinstance(model, nn.Module):
-        with _user_code("building the model"):
-            model = model()
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"the model is a {type(model).__name__}, expected a torch.nn.Module")
-    last = prepared.checkpoints[-1]
-    check_names(model, last.tensors, last.label)
-    return model.to(prepared.workspace.device)
-
-
-def _recompute_batchnorm(
-    model: nn.Module,
-    batchnorm: BnPass,
-    plan: AveragePlan,
-    writer: ModelWriter,
-    progress: Progress | None,
-) -> BnReport:
-    """Load what was just written, run the pass, and put the statistics into the written files."""
-    from ckptavg.batchnorm import recompute_bn_stats
-    from ckptavg.model import bn_buffer_bytes, load_weights
-
-    averaged = open_checkpoint(writer.partial, label=str(writer.output))
-    try:
-        load_weights(model, averaged)
-    finally:
-        averaged.close()
-    batches = batchnorm.batches
-    with _user_code("the BatchNorm pass"):
-        if callable(batches) and not isinstance(batches, Iterable):
-            batches = batches()
-        if not isinstance(batches, Iterable):
-            raise ModelError(
-                f"the data is a {type(batches).__name__}, expected an iterable of batches"
-            )
-        report = recompute_bn_stats(
-            model,
-            batches,
-            forward=batchnorm.forward,
-            max_batches=batchnorm.max_batches,
-            max_samples=batchnorm.max_samples,
-            progress=_stage(progress, "batchnorm", batchnorm.max_samples),
-        )
-    dtypes = {tensor.name: tensor.output_dtype.name for tensor in plan.tensors}
-    for name, data in bn_buffer_bytes(model, report, dtypes):
-        writer.patch(name, data)
-    return report
-
-
-@contextmanager
-def _user_code(doing: str) -> Iterator[None]:
-    """Turn what the user's model, data or forward raise into one error; the cause is kept."""
-    try:
-        yield
-    except CkptavgError:
-        raise
-    except Exception as error:
-        raise ModelError(f"{doing} failed: {type(error).__name__}: {error}") from error
-
-
-def _copy_side_files(
-    last: Checkpoint, plan: AveragePlan, writer: ModelWriter, include_code: bool
-) -> tuple[list[str], list[str]]:
-    """Copy config, tokenizer and the like; return their names and what the user should know."""
-    if last.directory is None:
-        return [], []
-    files, notes = find_side_files(last.directory, include_code=include_code)
-    changed = None if plan.recipe.dtype == "same" else DTYPE_BY_NAME[plan.recipe.dtype]
-    for file in files:
-        writer.add_file(file.name, read_side_file(file, output_dtype=changed))
-    return [file.name for file in files], notes
+    return partial(recompute_written, build_model(batchnorm, checkpoint, device), batchnorm)
 
 
 def _batchnorm_notes(plan: AveragePlan, report: BnReport | None) -> list[str]:

@@ -172,6 +172,11 @@ class AveragePlan:
         )
 
     @property
+    def changed_dtype(self) -> DType | None:
+        """The dtype that the recipe changes averaged tensors to; None if they keep their own."""
+        return None if self.recipe.dtype == "same" else DTYPE_BY_NAME[self.recipe.dtype]
+
+    @property
     def batchnorm_names(self) -> tuple[str, ...]:
         """Names of averaged BatchNorm statistics, which a BN pass should replace."""
         return tuple(
@@ -261,10 +266,7 @@ def plan_average(
             f"{n_factors} tensors are LoRA factors: the mean of the factors is only near the mean "
             "of their products, and only for checkpoints of one run"
         )
-    outputs = {
-        name: _output_dtype(name, info, recipe, reference)
-        for name, info in reference.tensors.items()
-    }
+    outputs = {name: _output_dtype(info, recipe) for name, info in reference.tensors.items()}
     tensors, shards = _lay_out(reference.tensors, outputs, owners, max_shard_bytes)
     take_from = 0 if recipe.buffers == "first" else len(checkpoints) - 1
     return AveragePlan(
@@ -425,7 +427,7 @@ def _storage_name(checkpoint: Checkpoint, name: str) -> str:
     return checkpoint.aliases.get(name, name)
 
 
-def _output_dtype(name: str, info: TensorInfo, recipe: Recipe, reference: Checkpoint) -> DType:
+def _output_dtype(info: TensorInfo, recipe: Recipe) -> DType:
     if info.dtype.kind == "float" and recipe.dtype != "same":
         return DTYPE_BY_NAME[recipe.dtype]
     return info.dtype

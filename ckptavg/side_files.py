@@ -9,6 +9,7 @@ from pathlib import Path
 from ckptavg.checkpoint.files import PositionalFile
 from ckptavg.errors import CheckpointError
 from ckptavg.tensors import DType
+from ckptavg.writer import ModelWriter
 
 _MAX_SIDE_FILE_BYTES = 256 * 2**20
 _TEMPLATE_DIRECTORY = "additional_chat_templates"
@@ -32,6 +33,36 @@ class SideFile:
 
     path: Path
     name: str
+
+
+def copy_side_files(
+    directory: str | None,
+    writer: ModelWriter,
+    *,
+    include_code: bool,
+    output_dtype: DType | None,
+) -> tuple[list[str], list[str]]:
+    """Copy what belongs to a model from its directory into an output.
+
+    Args:
+        directory: The model directory; None for a single file, which brings nothing.
+        writer: Where it goes.
+        include_code: Whether ``*.py`` files are copied.
+        output_dtype: dtype of the output's weights where it was changed.
+
+    Returns:
+        The names copied, and what the user should know.
+
+    Raises:
+        CheckpointError: If a file cannot be read.
+        OutputError: If one cannot be written.
+    """
+    if directory is None:
+        return [], []
+    files, notes = find_side_files(directory, include_code=include_code)
+    for file in files:
+        writer.add_file(file.name, read_side_file(file, output_dtype=output_dtype))
+    return [file.name for file in files], notes
 
 
 def find_side_files(directory: str, *, include_code: bool) -> tuple[list[SideFile], list[str]]:

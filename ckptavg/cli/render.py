@@ -11,7 +11,8 @@ from ckptavg.errors import printable
 
 if TYPE_CHECKING:
     from ckptavg.batchnorm import BnReport
-    from ckptavg.pipeline import AverageResult, CheckpointInfo, Prepared
+    from ckptavg.pipeline import Prepared
+    from ckptavg.results import AverageResult, CheckpointInfo
 
 
 def echo_lines(lines: Iterable[str]) -> None:

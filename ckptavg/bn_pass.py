@@ -1,0 +1,72 @@
+"""The BatchNorm pass on an average that is written but not yet published."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from ckptavg.batchnorm import BnReport, recompute_bn_stats
+from ckptavg.checkpoint import Checkpoint, open_checkpoint
+from ckptavg.errors import CkptavgError, ModelError
+from ckptavg.model import bn_buffer_bytes, check_names, load_weights
+from ckptavg.plan import AveragePlan
+from ckptavg.results import BnPass
+from ckptavg.writer import ModelWriter
+
+
+def build_model(batchnorm: BnPass, checkpoint: Checkpoint, device: str) -> nn.Module:
+    """Build the user's model and check that the average will fit it, before anything is read."""
+    model = batchnorm.model
+    if not isinstance(model, nn.Module):
+        with _user_code("building the model"):
+            model = model()
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"the model is a {type(model).__name__}, expected a torch.nn.Module")
+    check_names(model, checkpoint.tensors, checkpoint.label)
+    return model.to(device)
+
+
+def recompute_written(
+    model: nn.Module,
+    batchnorm: BnPass,
+    plan: AveragePlan,
+    writer: ModelWriter,
+    progress: Callable[[int], None],
+) -> BnReport:
+    """Load what was just written, run the pass, and put the statistics into the written files."""
+    averaged = open_checkpoint(writer.partial, label=str(writer.output))
+    try:
+        load_weights(model, averaged)
+    finally:
+        averaged.close()
+    batches = batchnorm.batches
+    with _user_code("the BatchNorm pass"):
+        if callable(batches) and not isinstance(batches, Iterable):
+            batches = batches()
+        if not isinstance(batches, Iterable):
+            raise ModelError(
+                f"the data is a {type(batches).__name__}, expected an iterable of batches"
+            )
+        report = recompute_bn_stats(
+            model,
+            batches,
+            forward=batchnorm.forward,
+            max_batches=batchnorm.max_batches,
+            max_samples=batchnorm.max_samples,
+            progress=progress,
+        )
+    dtypes = {tensor.name: tensor.output_dtype.name for tensor in plan.tensors}
+    for name, data in bn_buffer_bytes(model, report, dtypes):
+        writer.patch(name, data)
+    return report
+
+
+@contextmanager
+def _user_code(doing: str) -> Iterator[None]:
+    """Turn what the user's model, data or forward raise into one error; the cause is kept."""
+    try:
+        yield
+    except CkptavgError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{doing} failed: {type(error).__name__}: {error}") from error
