@@ -77,11 +77,6 @@ class BnReport:
     seconds: float
 
 
-def has_batchnorm(model: nn.Module) -> bool:
-    """Tell whether a model has BatchNorm layers with running statistics."""
-    return any(_tracks(layer) for layer in model.modules())
-
-
 def recompute_bn_stats(
     model: nn.Module,
     batches: Iterable[Any],
@@ -303,10 +298,6 @@ def _only_input(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
 
 def _n_nonfinite(mean: Tensor, variance: Tensor) -> int:
     return int((~(torch.isfinite(mean) & torch.isfinite(variance))).sum())
-
-
-def _tracks(layer: nn.Module) -> bool:
-    return isinstance(layer, _BatchNorm) and layer.running_mean is not None
 
 
 def _layers_to_update(model: nn.Module) -> tuple[dict[str, _BatchNorm], dict[str, str]]:

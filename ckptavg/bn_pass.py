@@ -22,6 +22,8 @@ def build_model(batchnorm: BnPass, checkpoint: Checkpoint, device: str) -> nn.Mo
             model = model()
     if not isinstance(model, nn.Module):
         raise ModelError(f"the model is a {type(model).__name__}, expected a torch.nn.Module")
+    if not callable(batchnorm.batches):
+        _refuse_other_than_batches(batchnorm.batches)
     check_names(model, checkpoint.tensors, checkpoint.label)
     return model.to(device)
 
@@ -36,17 +38,15 @@ def recompute_written(
     """Load what was just written, run the pass, and put the statistics into the written files."""
     averaged = open_checkpoint(writer.partial, label=str(writer.output))
     try:
-        load_weights(model, averaged)
+        with _user_code("loading the average into the model"):
+            load_weights(model, averaged)
     finally:
         averaged.close()
     batches = batchnorm.batches
     with _user_code("the BatchNorm pass"):
         if callable(batches) and not isinstance(batches, Iterable):
             batches = batches()
-        if not isinstance(batches, Iterable):
-            raise ModelError(
-                f"the data is a {type(batches).__name__}, expected an iterable of batches"
-            )
+        _refuse_other_than_batches(batches)
         report = recompute_bn_stats(
             model,
             batches,
@@ -59,6 +59,11 @@ def recompute_written(
     for name, data in bn_buffer_bytes(model, report, dtypes):
         writer.patch(name, data)
     return report
+
+
+def _refuse_other_than_batches(batches: object) -> None:
+    if not isinstance(batches, Iterable):
+        raise ModelError(f"the data is a {type(batches).__name__}, expected an iterable of batches")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from torch.nn.parameter import is_lazy
 
 from ckptavg.batchnorm import BnReport
 from ckptavg.checkpoint import Checkpoint
-from ckptavg.errors import BatchNormError, ModelError
+from ckptavg.errors import ModelError, OutputError
 from ckptavg.tensors import Piece, TensorInfo
 
 
@@ -106,24 +106,25 @@ def bn_buffer_bytes(
 
     Raises:
         ModelError: If the stored tensors go by other names than the layer's.
-        BatchNormError: If a statistic does not fit the dtype to store.
+        OutputError: If a statistic does not fit the dtype to store.
     """
     state = model.state_dict()
     modules = dict(model.named_modules(remove_duplicate=False))
     for layer in report.layers:
-        for path in (path for path, module in modules.items() if module is modules[layer.name]):
-            for buffer in ("running_mean", "running_var", "num_batches_tracked"):
-                name = f"{path}.{buffer}" if path else buffer
-                if name in state and name in dtypes:
-                    yield name, _row_major_bytes(name, state[name], dtypes[name])
-                elif path == layer.name and buffer != "num_batches_tracked":
-                    raise ModelError(f"'{name}' is not among the stored tensors")
+        paths = [path for path, module in modules.items() if module is modules[layer.name]]
+        for buffer in ("running_mean", "running_var", "num_batches_tracked"):
+            names = [f"{path}.{buffer}" if path else buffer for path in paths]
+            stored = [name for name in names if name in state and name in dtypes]
+            if not stored and buffer != "num_batches_tracked":
+                raise ModelError(f"'{names[0]}' is not among the stored tensors")
+            for name in stored:
+                yield name, _row_major_bytes(name, state[name], dtypes[name])
 
 
 def _row_major_bytes(name: str, value: Tensor, dtype: str) -> bytes:
     stored = value.detach().to("cpu", getattr(torch, dtype)).contiguous()
     if not torch.isfinite(stored).all():
-        raise BatchNormError(f"'{name}' has values too large for {dtype}, in which it is stored")
+        raise OutputError(f"'{name}' has values too large for {dtype}, in which it is stored")
     return stored.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 

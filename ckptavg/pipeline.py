@@ -286,8 +286,8 @@ def _bn_pass(
 
 
 def _batchnorm_notes(plan: AveragePlan, report: BnReport | None) -> list[str]:
-    if report is not None and not report.layers:
-        return ["the model has no BatchNorm layers with running statistics: no BN pass was needed"]
+    if report is not None and not report.layers and not report.skipped:
+        return ["the model has no BatchNorm layers: no BN pass was needed"]
     if report is not None:
         return [f"BatchNorm layer '{name}' {why}" for name, why in report.skipped.items()]
     if plan.batchnorm_names and plan.n_checkpoints > 1:

@@ -25,6 +25,7 @@ from ckptavg.tensors import (
 )
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
+TAKE_CHUNK_NBYTES = 2**20
 _MAX_DIFFERENCES_SHOWN = 5
 
 # integer weights of GPTQ, AWQ, bitsandbytes, compressed-tensors and HQQ, and what goes with them
@@ -205,6 +206,7 @@ class AveragePlan:
 
         Args:
             max_nbytes: Upper bound for the input bytes of a chunk from one checkpoint.
+                Chunks to be copied are never larger than ``TAKE_CHUNK_NBYTES``.
         """
         copies: dict[str, list[TensorPlan]] = {}
         for tensor in self.with_action(Action.ALIAS):
@@ -220,8 +222,12 @@ class AveragePlan:
             alone = tensor.name if tensor.name in copies else None
             return tensor.shard, tensor.info.dtype, tensor.output_dtype, tensor.action, alone
 
-        for _, span in groupby(stored, span_key):
-            yield from _cut(list(span), copies, max_nbytes)
+        for _, tensors in groupby(stored, span_key):
+            span = list(tensors)
+            limit = (
+                min(max_nbytes, TAKE_CHUNK_NBYTES) if span[0].action is Action.TAKE else max_nbytes
+            )
+            yield from _cut(span, copies, limit)
 
 
 def plan_average(

@@ -1,6 +1,7 @@
 """What made a model: the content of ``ckptavg.json`` and of the weight files' headers."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -73,7 +74,22 @@ def provenance(
         },
         "device": device,
     }
-    return (json.dumps(content, indent=2) + "\n").encode("utf-8")
+    return (json_text(content) + "\n").encode("utf-8")
+
+
+def json_text(value: Any) -> str:
+    """Return a value as JSON; what is not finite becomes null, since JSON has no word for it."""
+
+    def finite(inner: Any) -> Any:
+        if isinstance(inner, float):
+            return inner if math.isfinite(inner) else None
+        if isinstance(inner, Mapping):
+            return {key: finite(item) for key, item in inner.items()}
+        if isinstance(inner, (list, tuple)):
+            return [finite(item) for item in inner]
+        return inner
+
+    return json.dumps(finite(value), indent=2, default=str, allow_nan=False)
 
 
 def tensor_summary(plan: AveragePlan, differing: Sequence[str] | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckptavg.errors import UsageError
 from ckptavg.tensors import FileStamp, TensorInfo
 
 if TYPE_CHECKING:  # importing torch takes longer than averaging most models
@@ -35,6 +36,11 @@ class BnPass:
     forward: Forward | None = None
     max_batches: int | None = None
     max_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("max_batches", self.max_batches), ("max_samples", self.max_samples)):
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}, expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

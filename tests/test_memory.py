@@ -108,7 +108,7 @@ def test_device_memory_stays_within_what_the_plan_says(
     peaks = []
     for count in (4, 16):
         paths = checkpoints["safetensors"][:count]
-        with prepared_average(paths, Recipe(), device="cuda") as prepared:
+        with prepared_average(paths, tmp_path / f"{count}", Recipe(), device="cuda") as prepared:
             promised = prepared.workspace.device_nbytes
         result = average_checkpoints(paths, tmp_path / f"{count}", device="cuda")
         assert result.peak_device_bytes is not None

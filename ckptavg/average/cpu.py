@@ -22,9 +22,9 @@ from ckptavg.average.work import (
     run_threads,
     usable_cpus,
 )
-from ckptavg.checkpoint import Checkpoint
+from ckptavg.checkpoint import READ_SCRATCH_BYTES, Checkpoint
 from ckptavg.errors import MemoryBudgetError
-from ckptavg.plan import Action, AveragePlan, Chunk
+from ckptavg.plan import TAKE_CHUNK_NBYTES, Action, AveragePlan, Chunk
 
 _CHUNK_NBYTES = 1 * MiB  # input, sums and output stay in the caches
 _MIN_CHUNK_NBYTES = 64 * 1024
@@ -120,4 +120,5 @@ def _thread_nbytes(plan: AveragePlan, chunk_nbytes: int) -> int:
         workspace_nbytes(chunk_nbytes, dtype, output_dtype, plan.recipe.accumulate, len(plan.rows))
         for dtype, output_dtype in plan.arithmetic_dtypes
     ]
-    return max(per_role, default=0) + 2 * chunk_nbytes  # two buffers to compare copied tensors
+    comparing = 2 * min(chunk_nbytes, TAKE_CHUNK_NBYTES)
+    return max(per_role, default=0) + comparing + READ_SCRATCH_BYTES

@@ -35,9 +35,9 @@ from ckptavg.average.work import (
     run_threads,
     usable_cpus,
 )
-from ckptavg.checkpoint import Checkpoint
+from ckptavg.checkpoint import READ_SCRATCH_BYTES, Checkpoint
 from ckptavg.errors import MemoryBudgetError
-from ckptavg.plan import Action, AveragePlan, Chunk
+from ckptavg.plan import TAKE_CHUNK_NBYTES, Action, AveragePlan, Chunk
 
 _CHUNK_NBYTES = 16 * MiB
 _MIN_CHUNK_NBYTES = 256 * 1024
@@ -71,10 +71,12 @@ def size_cuda_workspace(
         (output.itemsize / dtype.itemsize for dtype, output in plan.arithmetic_dtypes), default=1
     )
 
+    n_readers = n_threads or min(usable_cpus(), _MAX_READERS)
+
     def host_nbytes(slots: int) -> int:
         outputs = int(_OUTPUT_SLOTS * growth * chunk_nbytes)
-        comparing = 2 * chunk_nbytes
-        return _FIXED_NBYTES + slots * chunk_nbytes + outputs + comparing
+        reading = n_readers * (READ_SCRATCH_BYTES + 2 * TAKE_CHUNK_NBYTES)
+        return _FIXED_NBYTES + slots * chunk_nbytes + outputs + reading
 
     while host_nbytes(_MIN_SLOTS) > memory_budget_bytes and chunk_nbytes > _MIN_CHUNK_NBYTES:
         chunk_nbytes //= 2
@@ -95,7 +97,7 @@ def size_cuda_workspace(
     )
     return Workspace(
         device=device,
-        n_threads=n_threads or min(usable_cpus(), _MAX_READERS),
+        n_threads=n_readers,
         chunk_nbytes=chunk_nbytes,
         n_slots=slots,
         host_nbytes=host_nbytes(slots),

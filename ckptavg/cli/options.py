@@ -48,7 +48,7 @@ class KeyValue(click.ParamType[tuple[str, Any]]):
             self.fail(f"'{value}' is not of the form key=value", param, ctx)
         try:
             return key, ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return key, text
 
 

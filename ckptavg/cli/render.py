@@ -1,6 +1,5 @@
 """Values -> text for people; every name that comes from a file is escaped on the way out."""
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,8 +26,10 @@ def echo_lines(lines: Iterable[str]) -> None:
 
 def echo_json(value: Any) -> None:
     """Print a value as JSON to stdout."""
+    from ckptavg.provenance import json_text
+
     try:
-        click.echo(json.dumps(value, indent=2, default=str))
+        click.echo(json_text(value))
         sys.stdout.flush()
     except OSError:
         pass

@@ -12,7 +12,7 @@ import click
 from ckptavg.errors import ModelError
 
 if TYPE_CHECKING:
-    from ckptavg.pipeline import BnPass
+    from ckptavg.results import BnPass
 
 Arguments = Sequence[tuple[str, Any]]
 
@@ -68,7 +68,7 @@ def load_bn_pass(
 
     from torch import nn
 
-    from ckptavg.pipeline import BnPass
+    from ckptavg.results import BnPass
 
     model = load_thing(model_name, "--model")
     if isinstance(model, nn.Module):
@@ -79,14 +79,14 @@ def load_bn_pass(
     else:
         model = partial(model, **dict(model_arguments))
     batches = load_thing(data_name, "--data")
-    if isinstance(batches, type) or (callable(batches) and not isinstance(batches, Iterable)):
+    if callable(batches) and not isinstance(batches, Iterable):
         batches = partial(batches, **dict(data_arguments))
-    elif data_arguments:
-        raise click.UsageError(f"--data-arg: {data_name} is an iterable already, not a factory")
     elif not isinstance(batches, Iterable):
         raise ModelError(
             f"--data {data_name}: is a {type(batches).__name__}, expected an iterable of batches"
         )
+    elif data_arguments:
+        raise click.UsageError(f"--data-arg: {data_name} is an iterable already, not a factory")
     forward: Callable[..., Any] | None = None
     if forward_name is not None:
         forward = load_thing(forward_name, "--forward")
