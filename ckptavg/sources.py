@@ -5,12 +5,12 @@ import glob
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from ckptavg.checkpoint import Checkpoint, open_checkpoint
 from ckptavg.errors import SourceError
 
-_BRACES = re.compile(r"\{([^{}]*)\}")
 _NUMBER_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
 _MAX_EXPANSION = 100_000
@@ -37,13 +37,13 @@ def expand_sources(sources: Sequence[str | Path]) -> list[str]:
         for pattern in _expand_braces(text):
             if os.path.lexists(pattern) or not _GLOB_CHARACTERS.search(pattern):
                 paths.append(pattern)
-                continue
-            matches = sorted(glob.glob(pattern), key=_natural_order)
-            if not matches:
-                raise SourceError(f"{text}: matches nothing")
-            paths.extend(matches)
-        if len(paths) > _MAX_EXPANSION:
-            raise SourceError(f"{text}: names more than {_MAX_EXPANSION} checkpoints")
+            else:
+                matches = sorted(glob.glob(pattern), key=_natural_order)
+                if not matches:
+                    raise SourceError(f"{text}: matches nothing")
+                paths.extend(matches)
+            if len(paths) > _MAX_EXPANSION:
+                raise SourceError(f"{text}: names more than {_MAX_EXPANSION} checkpoints")
     for path in paths:
         if not os.path.exists(path):
             raise SourceError(_missing(path))
@@ -97,23 +97,37 @@ def close_all(checkpoints: Sequence[Checkpoint]) -> None:
         checkpoint.close()
 
 
-def _expand_braces(text: str) -> Iterator[str]:
-    match = _BRACES.search(text)
-    if match is None:
-        yield text
-        return
-    head, tail = text[: match.start()], text[match.end() :]
-    number_range = _NUMBER_RANGE.fullmatch(match[1])
-    if number_range:
-        values = _number_range(number_range, text)
-    elif "," in match[1]:
-        values = match[1].split(",")
-    else:  # a literal pair of braces
-        for rest in _expand_braces(tail):
-            yield f"{head}{match[0]}{rest}"
-        return
-    for value in values:
-        yield from _expand_braces(f"{head}{value}{tail}")
+def _expand_braces(text: str, start: int = 0) -> Iterator[str]:
+    """Expand the groups of braces that begin at ``start`` or later, as a shell would."""
+    opening = text.find("{", start)
+    while opening >= 0:
+        cuts = _cuts(text, opening)
+        if cuts:
+            head, inside, tail = text[:opening], text[opening + 1 : cuts[-1]], text[cuts[-1] + 1 :]
+            number_range = _NUMBER_RANGE.fullmatch(inside)
+            values = (
+                _number_range(number_range, text)
+                if number_range
+                else [text[first + 1 : last] for first, last in pairwise(cuts)]
+            )
+            if number_range or len(values) > 1:
+                for value in values:
+                    yield from _expand_braces(f"{head}{value}{tail}", opening)
+                return
+        opening = text.find("{", opening + 1)  # this one stands for itself
+    yield text
+
+
+def _cuts(text: str, opening: int) -> list[int]:
+    """Return where the brace at ``opening``, its own commas and its partner stand, in order."""
+    depth, cuts = 0, list[int]()
+    for at in range(opening, len(text)):
+        depth += (text[at] == "{") - (text[at] == "}")
+        if at == opening or depth == 0 or (depth == 1 and text[at] == ","):
+            cuts.append(at)
+        if depth == 0:
+            return cuts
+    return []
 
 
 def _number_range(match: re.Match[str], text: str) -> list[str]:
@@ -140,7 +154,10 @@ def _missing(path: str) -> str:
     if os.path.islink(path):
         return f"{path}: is a symbolic link that leads nowhere"
     parent = Path(path).parent
-    siblings = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    try:
+        siblings = [entry.name for entry in parent.iterdir()]
+    except (OSError, ValueError):  # no such directory, no right to list it, a NUL byte
+        siblings = []
     near = difflib.get_close_matches(Path(path).name, siblings, n=1)
     hint = f"; did you mean {parent / near[0]}?" if near else ""
     return f"{path}: no such file or directory{hint}"

@@ -8,9 +8,10 @@ from ckptavg.checkpoint.files import PositionalFile
 from ckptavg.checkpoint.formats import open_file
 from ckptavg.checkpoint.naming import normalise_names
 from ckptavg.checkpoint.position import position_from_name
-from ckptavg.checkpoint.protocol import Checkpoint
+from ckptavg.checkpoint.protocol import READ_SCRATCH_BYTES, Checkpoint
+from ckptavg.errors import CheckpointError
 
-__all__ = ["Checkpoint", "normalise_names", "open_checkpoint"]
+__all__ = ["READ_SCRATCH_BYTES", "Checkpoint", "normalise_names", "open_checkpoint"]
 
 
 def open_checkpoint(
@@ -33,7 +34,11 @@ def open_checkpoint(
     """
     label = label or str(source)
     path = Path(source)
-    if path.is_dir():
+    try:
+        is_directory = path.is_dir()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise CheckpointError(f"{label}: cannot be opened: {error.strerror}") from error
+    if is_directory:
         checkpoint = open_directory(path, label=label, state_key=state_key)
     else:
         checkpoint = open_file(PositionalFile(path, label), state_key=state_key)

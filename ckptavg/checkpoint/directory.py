@@ -1,14 +1,13 @@
 """Model directories in the Hugging Face layouts: one weight file, or shards and an index."""
 
 import json
-from collections.abc import Callable
+import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ckptavg.checkpoint.files import PositionalFile
-from ckptavg.checkpoint.formats import open_file, open_safetensors_file
+from ckptavg.checkpoint.formats import open_file
 from ckptavg.checkpoint.stored import Place, StoredCheckpoint
-from ckptavg.checkpoint.torch_file import open_torch_file
 from ckptavg.errors import CheckpointError
 from ckptavg.tensors import TensorInfo
 
@@ -33,10 +32,17 @@ def open_directory(path: Path, *, label: str, state_key: str | None) -> StoredCh
     Raises:
         CheckpointError: If it holds no weights in a known layout, or more than one set of them.
     """
-    checkpoint = _open_weights(path, label, state_key)
-    checkpoint.directory = str(path)
-    checkpoint.aliases = {**checkpoint.aliases, **_tied_by_config(path, label, checkpoint)}
-    state = read_json(path / "trainer_state.json", f"{label}/trainer_state.json")
+    try:
+        checkpoint = _open_weights(path, label, state_key)
+    except OSError as error:  # listing it failed; files have errors of their own
+        raise CheckpointError(f"{label}: cannot be read: {error.strerror}") from error
+    try:
+        checkpoint.directory = str(path)
+        checkpoint.aliases = {**checkpoint.aliases, **_tied_by_config(path, label, checkpoint)}
+        state = read_json(path / "trainer_state.json", f"{label}/trainer_state.json")
+    except BaseException:
+        checkpoint.close()
+        raise
     if state is not None and type(state.get("global_step")) is int:
         checkpoint.step = state["global_step"]
     return checkpoint
@@ -48,7 +54,7 @@ def read_json(path: Path, label: str) -> dict[str, Any] | None:
     Raises:
         CheckpointError: If it is not a JSON object, or unreasonably large.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     file = PositionalFile(path, label)
     try:
@@ -66,7 +72,8 @@ def read_json(path: Path, label: str) -> dict[str, Any] | None:
 
 def _open_weights(path: Path, label: str, state_key: str | None) -> StoredCheckpoint:
     for index_name, single_name, layout in _INDEXED:
-        has_index, has_single = (path / index_name).exists(), (path / single_name).exists()
+        # a link that leads nowhere is there, too: to pass over it would be to guess
+        has_index, has_single = map(os.path.lexists, (path / index_name, path / single_name))
         if has_index and has_single:
             raise CheckpointError(
                 f"{label}: holds both {single_name} and {index_name}; remove the stale one, "
@@ -76,12 +83,12 @@ def _open_weights(path: Path, label: str, state_key: str | None) -> StoredCheckp
             return _open_sharded(path, index_name, label=label, layout=layout, state_key=state_key)
         if has_single:
             return _open_single(path / single_name, label, state_key)
-    if (path / ".metadata").exists():
+    if os.path.lexists(path / ".metadata"):
         raise CheckpointError(
             f"{label}: is a torch.distributed.checkpoint directory, which is not read yet; convert "
             "it with: python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
         )
-    if (path / "adapter_config.json").exists():
+    if os.path.lexists(path / "adapter_config.json"):
         raise CheckpointError(
             f"{label}: holds a LoRA adapter; the mean of its factors is not the mean of their "
             "product, so adapters are not averaged; merge them into the base model first"
@@ -124,11 +131,7 @@ def _open_sharded(
 ) -> StoredCheckpoint:
     index_label = f"{label}/{index_name}"
     names_by_shard = _read_index(path / index_name, index_label)
-    open_shard: Callable[[PositionalFile], StoredCheckpoint] = (
-        open_safetensors_file
-        if index_name.startswith("model.safetensors")
-        else lambda file: open_torch_file(file, state_key=state_key)
-    )
+    all_names = set[str]().union(*names_by_shard.values())
     tensors: dict[str, TensorInfo] = {}
     places: dict[str, Place] = {}
     aliases: dict[str, str] = {}
@@ -138,18 +141,22 @@ def _open_sharded(
     try:
         for shard_name, listed in names_by_shard.items():
             shard_path = path / shard_name
-            if not shard_path.exists():
+            if not os.path.lexists(shard_path):
                 raise CheckpointError(
                     f"{label}: the shard {shard_name} is missing; {index_name} lists "
                     f"{len(names_by_shard)} shards"
                 )
             file = PositionalFile(shard_path, f"{label}/{shard_name}")
             files.append(file)
-            shard = open_shard(file)
-            _check_shard(shard, listed, shard_name, index_label, tensors)
+            shard = open_file(file, state_key=state_key)
+            _check_shard(shard, listed, shard_name, index_label, all_names)
             tensors.update(shard.tensors)
             places.update(shard.places)
-            aliases.update(shard.aliases)
+            aliases |= {
+                tied: owner
+                for tied, owner in shard.aliases.items()
+                if tied in shard.tensors or tied not in all_names  # another shard may store it
+            }
             metadata.update(shard.metadata)
             notes.extend(shard.notes)
     except BaseException:
@@ -173,7 +180,7 @@ def _check_shard(
     listed: set[str],
     shard_name: str,
     index_label: str,
-    earlier: dict[str, Any],
+    all_names: set[str],
 ) -> None:
     missing = sorted(listed - shard.tensors.keys())
     if missing:
@@ -182,7 +189,7 @@ def _check_shard(
         )
     extra = sorted(shard.tensors.keys() - listed)
     if extra:
-        where = "another shard" if extra[0] in earlier else "no shard"
+        where = "another shard" if extra[0] in all_names else "no shard"
         raise CheckpointError(
             f"{index_label}: {shard_name} holds tensor '{extra[0]}', "
             f"which the index lists in {where}"

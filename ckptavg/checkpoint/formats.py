@@ -9,8 +9,6 @@ from ckptavg.errors import CheckpointError
 _LEGACY_TORCH_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # pickled long 0x1950a86a20f9469cfc6c
 _FOREIGN_MAGIC = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself; run: git lfs pull"),
-    (b"<!DOCTYPE", "is an HTML page, not a checkpoint: the download went wrong"),
-    (b"<html", "is an HTML page, not a checkpoint: the download went wrong"),
     (b"GGUF", "is a GGUF file, quantised for inference; average the original checkpoints"),
     (b"\x89HDF", "is an HDF5 file; only safetensors and torch files are read"),
     (b"\x1f\x8b", "is compressed with gzip; unpack it first"),
@@ -81,7 +79,9 @@ def _foreign_format(head: bytes) -> str:
     for magic, what in _FOREIGN_MAGIC:
         if head.startswith(magic):
             return what
-    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "is an HTML page, not a checkpoint: the download went wrong"
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return (
             "is a plain pickle, which is never run; save the weights with torch.save or safetensors"
         )

@@ -38,7 +38,7 @@ def normalise_names(
             )
         renamed = [RenamedCheckpoint(checkpoint, prefix) for checkpoint in renamed]
         notes.append(f"stripped the prefix '{prefix}' from tensor names, as asked")
-    while wrapper := _common_wrapper(renamed):
+    while renamed and (wrapper := _common_wrapper(renamed)):
         renamed = [RenamedCheckpoint(checkpoint, wrapper) for checkpoint in renamed]
         notes.append(f"stripped the prefix '{wrapper}', which all tensor names had")
     return renamed, notes
@@ -64,15 +64,15 @@ class RenamedCheckpoint:
             CheckpointError: If two names become one.
         """
         self._checkpoint = checkpoint
-        self._stored_name = {name.removeprefix(prefix): name for name in checkpoint.tensors}
-        if len(self._stored_name) != len(checkpoint.tensors):
-            raise CheckpointError(
-                f"{checkpoint.label}: two tensor names become one without the prefix '{prefix}'"
-            )
+        self._stored_name: dict[str, str] = {}
+        for stored in (*checkpoint.tensors, *checkpoint.aliases):
+            if self._stored_name.setdefault(stored.removeprefix(prefix), stored) != stored:
+                raise CheckpointError(
+                    f"{checkpoint.label}: two tensor names become one without the prefix '{prefix}'"
+                )
         self.tensors: Mapping[str, TensorInfo] = {
-            name: checkpoint.tensors[stored] for name, stored in self._stored_name.items()
+            stored.removeprefix(prefix): info for stored, info in checkpoint.tensors.items()
         }
-        self._stored_name |= {name.removeprefix(prefix): name for name in checkpoint.aliases}
         self.aliases: Mapping[str, str] = {
             name.removeprefix(prefix): owner.removeprefix(prefix)
             for name, owner in checkpoint.aliases.items()

@@ -18,6 +18,11 @@ from ckptavg.tensors import DTYPE_BY_NAME, DType
 
 _MAX_OPERATIONS = 10_000_000
 _MAX_INTEGER_BYTES = 64
+_MAX_ARGUMENTS = (
+    16  # no function below takes more; a shared tuple must not be unpacked over and over
+)
+_MAX_DIMENSIONS = 64
+_MAX_SIZE = 2**63
 
 _STORAGE_DTYPES = {
     "FloatStorage": "float32",
@@ -177,7 +182,7 @@ _INERT_NAMES = frozenset(
         for module in ("builtins", "__builtin__")
         for name in (
             "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list",
-            "object", "range", "set", "slice", "str", "tuple", "unicode", "long",
+            "object", "range", "xrange", "set", "slice", "str", "tuple", "unicode", "long",
         )
     }
     | {f"torch.{name}" for name in DTYPE_BY_NAME}
@@ -231,7 +236,9 @@ class _Machine:
             code = raw[self._at]
             self._at += 1
             if code == _STOP:
-                (value,) = self._stack
+                value = self.pop()
+                if self._stack:
+                    raise ValueError("values left over")
                 return value
             operation = operations.get(code)
             if operation is None:
@@ -257,11 +264,17 @@ class _Machine:
     def number(self, layout: str) -> Any:
         return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
 
-    def line(self) -> str:
+    def line(self, encoding: str = "utf-8") -> str:
         end = self._raw.index(b"\n", self._at)
-        value = self._raw[self._at : end].decode("utf-8")
+        value = self._raw[self._at : end].decode(encoding)
         self._at = end + 1
         return value
+
+    def quoted_line(self) -> str:
+        text = self.line("ascii")
+        if len(text) < 2 or text[0] != text[-1] or text[0] not in "'\"" or "\\" in text:
+            raise ValueError("a text that is not quoted, or needs unescaping")
+        return text[1:-1]
 
     # -- the stack
 
@@ -364,7 +377,7 @@ class _Machine:
             raise TypeError("calls a value that is not a name")
         full = str(function)
         if full in _CALLS:
-            self.push(_CALLS[full](*arguments))
+            self.push(_CALLS[full](*_bounded(arguments)))
         elif full in _UNSUPPORTED_TENSORS:
             self.push(Unsupported(_UNSUPPORTED_TENSORS[full]))
         elif full in _INERT_NAMES:
@@ -373,10 +386,8 @@ class _Machine:
             raise TypeError("calls a storage")
 
     def new_object(self) -> None:
-        arguments, cls = self.pop(), self.pop()
-        if type(cls) is not Name or type(arguments) is not tuple:
-            raise TypeError("makes an instance of a value that is not a name")
-        self.push(Pairs() if str(cls) in _MAPPINGS else Inert(str(cls)))
+        _arguments, cls = self.pop(), self.pop()
+        self.push(_instance(cls))
 
     def new_object_with_keywords(self) -> None:
         self.pop()
@@ -414,14 +425,25 @@ def _is_storage(attribute: str) -> bool:
 def _ordered_mapping(items: Any = (), *_rest: Any) -> Pairs:
     pairs = Pairs()
     if type(items) is list:  # OrderedDict([[key, value], ...]), as Python 2 wrote it
-        for key, value in items:
-            pairs.items.append((key, value))
+        for item in items:
+            if type(item) not in (list, tuple) or len(item) != 2:
+                raise TypeError("a damaged mapping")
+            pairs.items.append((item[0], item[1]))
+        items.clear()  # moved, not copied: many mappings made of one list must not multiply it
     return pairs
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_rest: Any) -> Any:
+def _rebuild_tensor(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    _grad: Any = None,
+    _hooks: Any = None,
+    metadata: Any = None,
+) -> Any:
     dtype = storage.dtype if type(storage) is Storage else None
-    return _view(storage, offset, shape, strides, dtype)
+    return _view(storage, offset, shape, strides, dtype, metadata)
 
 
 def _rebuild_tensor_v3(
@@ -432,53 +454,77 @@ def _rebuild_tensor_v3(
     _grad: Any,
     _hooks: Any,
     dtype: Any,
-    *_: Any,
+    metadata: Any = None,
 ) -> Any:
     known = DTYPE_BY_NAME.get(dtype.attribute) if type(dtype) is Name else None
-    return _view(storage, offset, shape, strides, known)
+    return _view(storage, offset, shape, strides, known, metadata)
 
 
-def _view(storage: Any, offset: Any, shape: Any, strides: Any, dtype: DType | None) -> Any:
+def _view(
+    storage: Any, offset: Any, shape: Any, strides: Any, dtype: DType | None, metadata: Any
+) -> Any:
     if type(storage) is Unsupported:
         return storage
     if type(storage) is not Storage or dtype is None or type(offset) is not int or offset < 0:
         raise TypeError("a damaged tensor")
-    for sizes in (shape, strides):
-        if type(sizes) is not tuple or not all(type(n) is int and n >= 0 for n in sizes):
-            raise TypeError("a damaged tensor")
-    if len(shape) != len(strides):
+    if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides):
         raise TypeError("a damaged tensor")
+    if len(shape) > _MAX_DIMENSIONS:
+        return Unsupported(f"of more than {_MAX_DIMENSIONS} dimensions")
+    if not all(type(size) is int and 0 <= size < _MAX_SIZE for size in (*shape, *strides)):
+        raise TypeError("a damaged tensor")
+    if dtype.bits < 8:
+        return Unsupported("quantised")
+    if type(metadata) is Pairs and metadata.items:  # {"conj": True}: the bytes are not the values
+        return Unsupported("stored with a conjugation or negation still to be applied")
     return TensorView(storage, dtype, offset, shape, strides)
+
+
+def _bounded(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(arguments) > _MAX_ARGUMENTS:
+        raise TypeError("too many arguments")
+    return arguments
 
 
 def _rebuild_parameter(tensor: Any, *_rest: Any) -> Any:
     return tensor
 
 
-def _rebuild_from_type(_function: Any, _cls: Any, arguments: Any, *_rest: Any) -> Any:
-    # a tensor with attributes of its own: the arguments are those of _rebuild_tensor_v2
-    return _rebuild_tensor(*arguments) if type(arguments) is tuple else Unsupported("damaged")
+def _rebuild_from_type(function: Any, _cls: Any, arguments: Any, *_rest: Any) -> Any:
+    # a tensor with attributes of its own: the function and arguments are those of a plain one
+    if type(function) is not Name or type(arguments) is not tuple:
+        raise TypeError("a damaged tensor")
+    rebuild = _REBUILDERS.get(str(function))
+    return rebuild(*_bounded(arguments)) if rebuild else Unsupported("of a tensor subclass")
 
 
-def _reconstruct(cls: Any, *_rest: Any) -> Any:
-    if type(cls) is not Name:
-        raise TypeError("makes an instance of a value that is not a name")
-    return Pairs() if str(cls) in _MAPPINGS else Inert(str(cls))
+def _instance(cls: Any, *_rest: Any) -> Any:
+    full = str(cls) if type(cls) is Name else ""
+    if full in _MAPPINGS:
+        return Pairs()
+    if full in _INERT_NAMES:
+        return Inert(full)
+    if full in _TENSOR_CLASSES:
+        return Unsupported("of a tensor subclass")
+    raise TypeError("makes an instance of a value that is not a class")
 
 
 _MAPPINGS = frozenset(
     {"collections.OrderedDict", "builtins.dict", "__builtin__.dict", "collections.defaultdict"}
 )
-_CALLS: dict[str, Callable[..., Any]] = {
+_TENSOR_CLASSES = frozenset({"torch.Tensor", "torch.nn.parameter.Parameter"})
+_REBUILDERS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
+}
+_CALLS: dict[str, Callable[..., Any]] = _REBUILDERS | {
     "collections.OrderedDict": _ordered_mapping,
     "collections.defaultdict": lambda *_: Pairs(),
     "builtins.dict": _ordered_mapping,
     "__builtin__.dict": _ordered_mapping,
-    "copyreg._reconstructor": _reconstruct,
-    "copy_reg._reconstructor": _reconstruct,
-    "torch._utils._rebuild_tensor": _rebuild_tensor,
-    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
+    "copyreg._reconstructor": _instance,
+    "copy_reg._reconstructor": _instance,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
     "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
     "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
@@ -508,11 +554,11 @@ _OPERATIONS: dict[int, Callable[[_Machine], object]] = {
         "\x8b": lambda m: m.integer(m.number("<I")),  # LONG4
         "F": lambda m: m.push(float(m.line())),  # FLOAT
         "G": lambda m: m.push(m.number(">d")),  # BINFLOAT
-        "V": lambda m: m.push(m.line()),  # UNICODE
+        "V": lambda m: m.push(m.line("raw-unicode-escape")),  # UNICODE
         "X": lambda m: m.push(m.take(m.number("<I")).decode("utf-8", "surrogatepass")),
         "\x8c": lambda m: m.push(m.take(m.number("<B")).decode("utf-8", "surrogatepass")),
         "\x8d": lambda m: m.push(m.take(m.number("<Q")).decode("utf-8", "surrogatepass")),
-        "S": lambda m: m.push(m.line().strip("'\"")),  # STRING
+        "S": lambda m: m.push(m.quoted_line()),  # STRING
         "T": lambda m: m.push(m.take(m.number("<I")).decode("latin-1")),  # BINSTRING
         "U": lambda m: m.push(m.take(m.number("<B")).decode("latin-1")),  # SHORT_BINSTRING
         "B": lambda m: m.push(m.take(m.number("<I"))),  # BINBYTES

@@ -8,7 +8,7 @@ _STEP = re.compile(
     r"(?:global[_-]?step|step|iteration|iter|update|checkpoint|ckpt)s?[-_=]?(\d{1,18})(?!\d)",
     re.IGNORECASE,
 )
-_EPOCH = re.compile(r"(?:epoch|ep)s?[-_=]?(\d{1,18})(?!\d)", re.IGNORECASE)
+_EPOCH = re.compile(r"(?:epoch|(?<![a-z])ep)s?[-_=]?(\d{1,18})(?!\d)", re.IGNORECASE)
 
 
 class Position(NamedTuple):

@@ -5,6 +5,8 @@ from typing import Protocol
 
 from ckptavg.tensors import FileStamp, Piece, TensorInfo
 
+READ_SCRATCH_BYTES = 2**20  # what one call of read_into may hold beside the caller's buffer
+
 
 class Checkpoint(Protocol):
     """One saved checkpoint, opened: its headers are read and checked, its tensor data is not.

@@ -16,6 +16,7 @@ from ckptavg.tensors import DTYPE_BY_CODE, TensorInfo
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_DIMENSIONS = 64
 _MAX_TENSOR_BITS = 2**64  # numel x bits must fit what other readers compute in
+_MAX_SIZE = 2**63
 
 
 class SafetensorsHeader:
@@ -107,14 +108,21 @@ def _parse_json(raw: bytes, refuse: Any) -> dict[str, Any]:
         raise refuse(f"its header holds {text}, which is not JSON")
 
     try:
+        text = raw.decode("utf-8")
         header = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant
+            text, object_pairs_hook=unique, parse_constant=no_constant, parse_int=_parse_integer
         )
+        if "\\ud" in text.lower():  # half of a surrogate pair is no character
+            json.dumps(header, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:  # also UnicodeDecodeError, JSONDecodeError
         raise refuse("its header is not valid JSON: the file is damaged") from error
     if type(header) is not dict:
         raise refuse("its header is not a JSON object")
     return header
+
+
+def _parse_integer(text: str) -> int | float:
+    return -0.0 if text == "-0" else int(text)  # what it is to other readers
 
 
 def _parse_metadata(value: Any, refuse: Any) -> dict[str, str]:
@@ -124,12 +132,13 @@ def _parse_metadata(value: Any, refuse: Any) -> dict[str, str]:
 
 
 def _parse_entry(name: str, entry: Any, refuse: Any) -> tuple[TensorInfo, int, int]:
-    if type(entry) is not dict or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise refuse(f"tensor '{name}' lacks dtype, shape or data_offsets in the header")
+    if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise refuse(f"tensor '{name}' has other fields than dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     dtype = DTYPE_BY_CODE.get(code) if type(code) is str else None
     if dtype is None:
-        raise refuse(f"tensor '{name}' has the unknown dtype {code!r}")
+        what = f"the unknown dtype '{code}'" if type(code) is str else "a dtype that is no string"
+        raise refuse(f"tensor '{name}' has {what}")
     if type(shape) is not list or not all(type(size) is int and size >= 0 for size in shape):
         raise refuse(f"tensor '{name}' has a shape that is not a list of sizes")
     if len(shape) > MAX_DIMENSIONS:
@@ -146,10 +155,12 @@ def _parse_entry(name: str, entry: Any, refuse: Any) -> tuple[TensorInfo, int, i
     bits = dtype.bits
     for size in shape:  # element by element: a 0 further on must not hide an overflow
         bits *= size
-        if bits >= _MAX_TENSOR_BITS:
+        if bits >= _MAX_TENSOR_BITS or size >= _MAX_SIZE:
             raise refuse(f"tensor '{name}' has an impossible size")
     begin, end = offsets
-    if bits % 8 or bits // 8 != end - begin:
+    if bits % 8:
+        raise refuse(f"tensor '{name}' of {dtype} and shape {shape} ends inside a byte")
+    if bits // 8 != end - begin:
         raise refuse(
             f"tensor '{name}' of {dtype} and shape {shape} needs {bits // 8} bytes, "
             f"but its data_offsets hold {end - begin}"

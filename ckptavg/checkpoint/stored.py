@@ -48,18 +48,32 @@ class StoredCheckpoint:
             file, offset, strides = self.places[owner]
             begin, filled = filled, filled + (stop - start)
             if strides is not None:
-                info = self.tensors[owner]
-                itemsize = info.dtype.itemsize
-                read_strided(
-                    file, offset, itemsize, info.shape, strides, start // itemsize,
-                    buffer[begin:filled],
-                )  # fmt: skip
+                self._read_view(owner, start, stop, buffer[begin:filled])
             elif run is None or not run.extend(file, offset + start, begin, filled):
                 if run is not None:
                     run.read(buffer)
                 run = _Run(file, offset + start, begin, filled)
         if run is not None:
             run.read(buffer)
+
+    def _read_view(self, name: str, start: int, stop: int, out: memoryview) -> None:
+        info, place = self.tensors[name], self.places[name]
+        assert place.strides is not None  # read_into asks only for views that are not row-major
+        itemsize = info.dtype.itemsize
+        position = start
+        while position < stop:
+            first, skipped = divmod(position, itemsize)
+            whole_bytes = 0 if skipped else (stop - position) // itemsize * itemsize
+            # an element that the range cuts in two is read apart
+            elements = out[:whole_bytes] if whole_bytes else memoryview(bytearray(itemsize))
+            read_strided(
+                place.file, place.offset, itemsize, info.shape, place.strides, first, elements
+            )
+            if not whole_bytes:
+                elements = elements[skipped : skipped + (stop - position)]
+                out[: len(elements)] = elements
+            position += len(elements)
+            out = out[len(elements) :]
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if any file changed since it was opened."""

@@ -11,8 +11,7 @@ from math import prod
 import numpy as np
 
 from ckptavg.checkpoint.files import PositionalFile
-
-SCRATCH_BYTES = 8 * 2**20
+from ckptavg.checkpoint.protocol import READ_SCRATCH_BYTES
 
 Block = tuple[tuple[int, int], ...]  # one half-open index range a dimension
 
@@ -58,7 +57,7 @@ def read_strided(
     target = np.frombuffer(out, dtype=element)
     done = 0
     for block in _blocks(shape, start, start + len(target)):
-        for part, place in _split(block, strides, SCRATCH_BYTES // itemsize):
+        for part, place in _split(block, strides, READ_SCRATCH_BYTES // itemsize):
             sizes = tuple(stop - first for first, stop in part)
             first_element = sum(
                 low * stride for (low, _), stride in zip(part, strides, strict=True)

@@ -22,6 +22,7 @@ _WEIGHT_KEYS = (
     "state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights",
     "model_weights",
 )  # fmt: skip
+_EXTRA_STATE = "_extra_state"  # what a module saves besides tensors; it may be a mapping
 _AVERAGE_HINTS = ("ema", "swa", "averag", "shadow", "teacher")
 _STEP_KEYS = ("global_step", "step", "global_iter", "iteration", "iter", "num_updates", "it")
 _EPOCH_KEYS = ("epoch", "epochs")
@@ -52,6 +53,12 @@ def open_torch_file(file: PositionalFile, *, state_key: str | None) -> StoredChe
     for name, value in state_dict.items:
         if type(name) is not str:
             raise CheckpointError(f"{file.label}: the state dict has a key that is not a string")
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise CheckpointError(
+                f"{file.label}: the name of tensor '{name}' is not valid Unicode"
+            ) from error
         if type(value) is Unsupported:
             raise CheckpointError(
                 f"{file.label}: tensor '{name}' is {value.what}; only plain tensors are averaged"
@@ -144,15 +151,15 @@ def _place(
             f"elements as {numel}; save a contiguous copy"
         )
     key = view.storage.key
+    member = directory.members.get(f"{root_name}data/{key}")
+    if member is None:
+        raise CheckpointError(f"{file.label}: the storage of tensor '{name}' is missing")
+    if member.nbytes != storage_bytes:  # each reference to a storage states its size anew
+        raise CheckpointError(
+            f"{file.label}: the storage of tensor '{name}' has {member.nbytes} bytes, "
+            f"expected {storage_bytes}"
+        )
     if key not in data_offsets:
-        member = directory.members.get(f"{root_name}data/{key}")
-        if member is None:
-            raise CheckpointError(f"{file.label}: the storage of tensor '{name}' is missing")
-        if member.nbytes != storage_bytes:
-            raise CheckpointError(
-                f"{file.label}: the storage of tensor '{name}' has {member.nbytes} bytes, "
-                f"expected {storage_bytes}"
-            )
         data_offsets[key] = directory.data_offset(member)
     strides = None if is_row_major(view.shape, view.strides) else view.strides
     return Place(file, data_offsets[key] + view.offset * itemsize, strides)
@@ -184,13 +191,21 @@ def _find_state_dict(root: Any, state_key: str | None, label: str) -> tuple[Pair
             )
         path = f"{path}.{candidates[0]}" if path else candidates[0]
         mapping = mapping.get(candidates[0])
-    if any(type(value) is TensorView for _, value in mapping.items):
+    nested = [key for key in _tensor_mappings(mapping) if not key.endswith(_EXTRA_STATE)]
+    networks = [key for key in nested if not _is_average(key)]
+    has_tensors = any(type(value) in (TensorView, Unsupported) for _, value in mapping.items)
+    if has_tensors and not networks:
         return mapping, notes
+    level = f"in its entry '{path}'" if path else "at its top level"
     keys = [key for key, _ in mapping.string_items()]
     found = _some(keys, 8) if keys else "nothing"
-    others = _weight_mappings(mapping)
-    hint = f"; choose one with --state-key, for example --state-key {others[0]}" if others else ""
-    raise CheckpointError(f"{label}: no weights found at its top level, which holds {found}{hint}")
+    prefix = f"{path}." if path else ""
+    hint = (
+        f"; choose one with --state-key, for example --state-key {prefix}{nested[0]}"
+        if nested
+        else ""
+    )
+    raise CheckpointError(f"{label}: no weights found {level}, which holds {found}{hint}")
 
 
 def _walk(root: Pairs, state_key: str, label: str) -> Pairs:
@@ -213,20 +228,26 @@ def _walk(root: Pairs, state_key: str, label: str) -> Pairs:
 
 
 def _weight_mappings(mapping: Pairs) -> list[str]:
+    """Return the keys under which trainers put weights, where a mapping of tensors is there."""
+    return [key for key in _tensor_mappings(mapping) if key in _WEIGHT_KEYS or _is_average(key)]
+
+
+def _tensor_mappings(mapping: Pairs) -> list[str]:
     """Return the keys whose value is a mapping that holds a tensor, at most two levels down."""
+    known: dict[tuple[int, int], bool] = {}  # one mapping may be referred to a million times
 
     def holds_tensors(value: Any, levels: int) -> bool:
-        return type(value) is Pairs and any(
-            type(inner) in (TensorView, Unsupported)
-            or (levels > 0 and holds_tensors(inner, levels - 1))
-            for _, inner in value.items
-        )
+        if type(value) is not Pairs:
+            return False
+        if (id(value), levels) not in known:
+            known[id(value), levels] = any(
+                type(inner) in (TensorView, Unsupported)
+                or (levels > 0 and holds_tensors(inner, levels - 1))
+                for _, inner in value.items
+            )
+        return known[id(value), levels]
 
-    return [
-        key
-        for key, value in mapping.string_items()
-        if (key in _WEIGHT_KEYS or _is_average(key)) and holds_tensors(value, 1)
-    ]
+    return [key for key, value in mapping.string_items() if holds_tensors(value, 1)]
 
 
 def _is_average(key: str) -> bool:

@@ -20,6 +20,8 @@ _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _MAX_COMMENT_BYTES = 65_535
 _MAX_DIRECTORY_BYTES = 100_000_000
 _ENCRYPTED_FLAG = 0x1
+_DESCRIPTOR_FLAG = 0x8
+_DESCRIPTOR_BYTES = (16, 24)  # signature, CRC-32 and both sizes, of 4 or 8 bytes each
 _ZIP64_EXTRA = 0x0001
 
 
@@ -53,8 +55,8 @@ class ZipDirectory:
         """Return where a member's data begins in the file; reads its local header.
 
         Raises:
-            CheckpointError: If the local header contradicts the directory, or the data would
-                reach into what comes next.
+            CheckpointError: If the local header contradicts the directory, or the data does not
+                fill the room up to what comes next.
         """
         refusal = f"the zip archive's member '{member.name}'"
         raw = self._file.read(member.header_offset, _LOCAL.size)
@@ -71,8 +73,16 @@ class ZipDirectory:
             if position < len(self._header_offsets)
             else self._directory_start
         )
-        if start + member.nbytes > limit:
+        # without gaps, a damaged header cannot shift the data by a few bytes
+        gap = limit - (start + member.nbytes)
+        if gap < 0:
             raise self._refuse(f"{refusal} overlaps what comes after it")
+        if flags & _DESCRIPTOR_FLAG:
+            is_tight = gap in _DESCRIPTOR_BYTES and self._file.read(limit - gap, 4) == b"PK\x07\x08"
+        else:
+            is_tight = gap == 0
+        if not is_tight:
+            raise self._refuse(f"{refusal} does not end where the next one begins")
         return start
 
     def _refuse(self, what: str) -> CheckpointError:
@@ -136,9 +146,14 @@ class ZipDirectory:
             )
             position = extra_end + comment_bytes
             if method != 0 or flags & _ENCRYPTED_FLAG or stored != size:
+                hint = (
+                    "; a TorchScript archive is a program: save its state_dict() with torch.save"
+                    if "/code/" in name
+                    else ""
+                )
                 raise self._refuse(
                     f"the zip archive's member '{name}' is compressed or encrypted, "
-                    "which torch never writes"
+                    f"which torch.save never does{hint}"
                 )
             if name in members:
                 raise self._refuse(f"the zip archive holds '{name}' twice")

@@ -1,0 +1,132 @@
+"""Wrapper prefixes of tensor names are stripped when all agree, or when asked."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_contract import CheckpointContract, read_tensor, same_content
+from hostile import whole
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ckptavg.checkpoint import Checkpoint, normalise_names, open_checkpoint
+from ckptavg.errors import CheckpointError, IncompatibleCheckpointsError
+
+
+class TestRenamedCheckpoint(CheckpointContract):
+    layout = "torch file"
+
+    def save(self, directory: Path, tensors: Mapping[str, Tensor]) -> Path:
+        path = directory / "model.pt"
+        torch.save({f"module.{name}": value for name, value in tensors.items()}, path)
+        return path
+
+    def open(self, path: Path) -> Checkpoint:
+        (renamed,), _ = normalise_names([open_checkpoint(path)])
+        return renamed
+
+
+def named(tmp_path: Path, label: str, *names: str) -> Checkpoint:
+    path = tmp_path / f"{label}.safetensors"
+    save_file({name: torch.full((2,), float(index)) for index, name in enumerate(names)}, path)
+    return open_checkpoint(path, label=label)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "stripped"),
+    [
+        ("module.", ["module."]),
+        ("_orig_mod.", ["_orig_mod."]),
+        ("module._orig_mod.", ["module.", "_orig_mod."]),
+        ("_orig_mod.module.", ["_orig_mod.", "module."]),
+        ("module.module.", ["module.", "module."]),
+    ],
+)
+def test_wrappers_that_all_names_have_are_stripped(
+    tmp_path: Path, prefix: str, stripped: list[str]
+) -> None:
+    one = named(tmp_path, "one", f"{prefix}a", f"{prefix}b")
+    two = named(tmp_path, "two", f"{prefix}a", f"{prefix}b")
+    renamed, notes = normalise_names([one, two])
+    assert [list(checkpoint.tensors) for checkpoint in renamed] == [["a", "b"], ["a", "b"]]
+    assert notes == [f"stripped the prefix '{one}', which all tensor names had" for one in stripped]
+    expected = {"a": torch.zeros(2), "b": torch.ones(2)}
+    assert same_content(renamed[0], expected)
+
+
+def test_wrappers_that_only_some_names_have_stay(tmp_path: Path) -> None:
+    mixed = [named(tmp_path, "one", "module.a", "b"), named(tmp_path, "two", "module.a")]
+    assert normalise_names(mixed) == (mixed, [])
+    apart = [named(tmp_path, "one", "a"), named(tmp_path, "two", "module.a")]
+    assert normalise_names(apart) == (apart, [])
+
+
+def test_nothing_to_rename_is_nothing_renamed(tmp_path: Path) -> None:
+    assert normalise_names([]) == ([], [])
+    empty = tmp_path / "empty.safetensors"
+    save_file({}, empty)
+    checkpoint = open_checkpoint(empty)
+    assert normalise_names([checkpoint]) == ([checkpoint], [])
+
+
+def test_a_prefix_asked_for_is_stripped_where_it_is(tmp_path: Path) -> None:
+    one = named(tmp_path, "one", "model.a", "b")
+    two = named(tmp_path, "two", "a", "b")
+    renamed, notes = normalise_names([one, two], ["model."])
+    assert [set(checkpoint.tensors) for checkpoint in renamed] == [{"a", "b"}, {"a", "b"}]
+    assert notes == ["stripped the prefix 'model.' from tensor names, as asked"]
+
+
+def test_prefixes_asked_for_come_before_wrappers(tmp_path: Path) -> None:
+    checkpoint = named(tmp_path, "one", "net.module.a")
+    renamed, notes = normalise_names([checkpoint], ["net."])
+    assert list(renamed[0].tensors) == ["a"]
+    assert len(notes) == 2
+
+
+def test_a_prefix_that_occurs_nowhere_is_refused(tmp_path: Path) -> None:
+    message = "no tensor name in any checkpoint begins with 'x.' (--strip-prefix)"
+    with pytest.raises(IncompatibleCheckpointsError, match=whole(message)):
+        normalise_names([named(tmp_path, "one", "a")], ["x."])
+
+
+def test_two_names_that_become_one_are_refused(tmp_path: Path) -> None:
+    message = "one: two tensor names become one without the prefix 'x.'"
+    with pytest.raises(CheckpointError, match=whole(message)):
+        normalise_names([named(tmp_path, "one", "x.a", "a")], ["x."])
+
+
+def test_a_tied_name_that_becomes_a_stored_one_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    tensors = {"x.a": torch.ones(2), "b": torch.zeros(2)}
+    save_file(tensors, path, metadata={"a": "b"})
+    checkpoint = open_checkpoint(path, label="one")
+    assert checkpoint.aliases == {"a": "b"}
+    message = "one: two tensor names become one without the prefix 'x.'"
+    with pytest.raises(CheckpointError, match=whole(message)):
+        normalise_names([checkpoint], ["x."])
+
+
+def test_tied_names_are_renamed_too(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({"module.a": torch.ones(2)}, path, metadata={"module.b": "module.a"})
+    (renamed,), _ = normalise_names([open_checkpoint(path)])
+    assert renamed.aliases == {"b": "a"}
+    assert renamed.metadata["b"] == "a"
+    assert read_tensor(renamed, "b") == read_tensor(renamed, "a")
+    weight = torch.ones(2)
+    torch.save({"module.a": weight, "module.b": weight}, tmp_path / "w.pt")
+    (renamed,), _ = normalise_names([open_checkpoint(tmp_path / "w.pt")])
+    assert renamed.aliases == {"b": "a"}
+    assert set(renamed.tensors) == {"a", "b"}
+
+
+def test_everything_else_is_passed_on(tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoint-70"
+    directory.mkdir()
+    save_file({"module.a": torch.ones(2)}, directory / "model.safetensors")
+    checkpoint = open_checkpoint(directory)
+    (renamed,), _ = normalise_names([checkpoint])
+    for attribute in ("label", "layout", "step", "epoch", "notes", "files", "directory"):
+        assert getattr(renamed, attribute) == getattr(checkpoint, attribute)
