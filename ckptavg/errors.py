@@ -17,6 +17,7 @@ Every message is one line: what, where, expected, found, remedy.
 """
 
 _MAX_MESSAGE_CHARACTERS = 2000  # a hostile name can be megabytes long
+_MAX_ENDING_CHARACTERS = 200  # the end of a message says what to do
 _BIDI_AND_SEPARATORS = frozenset(
     "\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 )
@@ -43,8 +44,12 @@ class CkptavgError(Exception):
 
     def __init__(self, message: str) -> None:
         if len(message) > _MAX_MESSAGE_CHARACTERS:
-            message = f"{message[: _MAX_MESSAGE_CHARACTERS - 100]} … {message[-98:]}"
-        super().__init__(printable(message))
+            message = f"{message[:_MAX_MESSAGE_CHARACTERS]}…{message[-_MAX_ENDING_CHARACTERS:]}"
+        message = printable(message)
+        if len(message) > _MAX_MESSAGE_CHARACTERS:
+            kept = _MAX_MESSAGE_CHARACTERS - _MAX_ENDING_CHARACTERS - 1
+            message = f"{message[:kept]}…{message[-_MAX_ENDING_CHARACTERS:]}"
+        super().__init__(message)
 
 
 class UsageError(CkptavgError):

@@ -347,6 +347,8 @@ def _refuse_unaveragable(checkpoint: Checkpoint) -> None:
             raise refuse(
                 f"tensor '{name}' of {info.dtype} is quantised; average the full-precision weights"
             )
+        if name == "__metadata__":
+            raise refuse("a tensor is called '__metadata__', a name that safetensors reserves")
         if info.dtype.code is None:
             raise refuse(f"tensor '{name}' is {info.dtype}, which safetensors cannot store")
     if not any(info.dtype.kind in ("float", "complex") for info in checkpoint.tensors.values()):

@@ -35,15 +35,15 @@ from hostile import (
 )
 
 from ckptavg.checkpoint import open_checkpoint
-from ckptavg.checkpoint.pickles import (
+from ckptavg.checkpoint.pickle_values import (
     Inert,
     Name,
     Pairs,
     Storage,
     TensorView,
     Unsupported,
-    read_pickle,
 )
+from ckptavg.checkpoint.pickles import read_pickle
 from ckptavg.errors import CheckpointError, CkptavgError
 from ckptavg.tensors import DTYPE_BY_NAME, FLOAT32
 

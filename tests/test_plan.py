@@ -197,3 +197,9 @@ def test_fingerprint_changes_with_inputs_and_recipe_only(tmp_path: Path) -> None
     assert plan_average(checkpoints, Recipe()).fingerprint == first
     assert plan_average(checkpoints, Recipe(dtype="bfloat16")).fingerprint != first
     assert plan_average(checkpoints[:1], Recipe()).fingerprint != first
+
+
+def test_a_name_that_safetensors_reserves_is_refused(tmp_path: Path) -> None:
+    assert refusal(opened(tmp_path, {"w": torch.ones(2), "__metadata__": torch.ones(1)})) == (
+        "a: a tensor is called '__metadata__', a name that safetensors reserves"
+    )

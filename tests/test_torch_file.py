@@ -751,3 +751,13 @@ def test_rebuild_calls_of_other_functions_stay_out(tmp_path: Path) -> None:
         }
     )
     refused(written(tmp_path, torch_bytes(content)), "its pickle is damaged (TypeError)")
+
+
+def test_a_dot_chooses_the_top_level_itself(tmp_path: Path) -> None:
+    path = tmp_path / "gan.pt"
+    torch.save({"w": torch.ones(2), "extra": {"v": torch.ones(3)}}, path)
+    with pytest.raises(CheckpointError, match="no weights found at its top level"):
+        open_checkpoint(path)
+    checkpoint = open_checkpoint(path, state_key=".")
+    assert list(checkpoint.tensors) == ["w"]
+    checkpoint.close()

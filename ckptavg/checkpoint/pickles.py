@@ -2,113 +2,22 @@
 
 The opcodes of a pickle describe a program for a stack machine. This machine builds only inert
 values: numbers, strings, containers, and descriptions of tensors. A name such as ``os.system`` is
-never looked up anywhere; a name outside the list below ends the reading with an error.
+never looked up anywhere; a name that ``pickle_names`` does not list ends the reading with an error.
 
 Mappings become lists of pairs, so nothing from the file is ever hashed but short scalars; nothing
 is copied, so the size of the pickle bounds the memory.
 """
 
 import struct
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
+from ckptavg.checkpoint.pickle_names import called, instance, is_known, storage
+from ckptavg.checkpoint.pickle_values import Inert, Name, Pairs, TensorView, Unsupported
 from ckptavg.errors import CheckpointError
-from ckptavg.tensors import DTYPE_BY_NAME, DType
 
 _MAX_OPERATIONS = 10_000_000
 _MAX_INTEGER_BYTES = 64
-_MAX_ARGUMENTS = (
-    16  # no function below takes more; a shared tuple must not be unpacked over and over
-)
-_MAX_DIMENSIONS = 64
-_MAX_SIZE = 2**63
-
-_STORAGE_DTYPES = {
-    "FloatStorage": "float32",
-    "DoubleStorage": "float64",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "ComplexFloatStorage": "complex64",
-    "ComplexDoubleStorage": "complex128",
-    "Float8_e5m2Storage": "float8_e5m2",
-    "Float8_e4m3fnStorage": "float8_e4m3fn",
-}
-_QUANTISED_STORAGES = {
-    "QInt8Storage", "QUInt8Storage", "QInt32Storage", "QUInt4x2Storage", "QUInt2x4Storage",
-}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Name:
-    """A global the pickle mentions: ``module.attribute``, never looked up."""
-
-    module: str
-    attribute: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.attribute}"
-
-
-@dataclass(slots=True)
-class Pairs:
-    """A mapping: its (key, value) pairs in the order they were set."""
-
-    items: list[tuple[Any, Any]] = field(default_factory=list)
-
-    def get(self, key: str) -> Any:
-        """Return the value set last for a string key, or None."""
-        for name, value in reversed(self.items):
-            if type(name) is str and name == key:
-                return value
-        return None
-
-    def string_items(self) -> Iterator[tuple[str, Any]]:
-        """Yield the pairs whose key is a string."""
-        for key, value in self.items:
-            if type(key) is str:
-                yield key, value
-
-
-@dataclass(frozen=True, slots=True)
-class Storage:
-    """A run of elements in the member ``data/<key>``; dtype None means raw bytes."""
-
-    key: str
-    dtype: DType | None
-    numel: int
-
-
-@dataclass(frozen=True, slots=True)
-class TensorView:
-    """A tensor: a strided view of a storage; offset and strides count elements."""
-
-    storage: Storage
-    dtype: DType
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Unsupported:
-    """A tensor of a kind that is not a plain array: quantised, sparse, on no device, ..."""
-
-    what: str
-
-
-@dataclass(slots=True)
-class Inert:
-    """An instance of a known harmless class; its content is kept only where it is a mapping."""
-
-    name: str
-    state: Any = None
 
 
 class _Mark:
@@ -116,89 +25,6 @@ class _Mark:
 
 
 _MARK = _Mark()
-
-# Classes and functions that only describe data. Calling one makes an Inert value.
-_INERT_NAMES = frozenset(
-    {
-        "_codecs.encode",
-        "argparse.Namespace",
-        "types.SimpleNamespace",
-        "collections.Counter",
-        "collections.deque",
-        "collections.defaultdict",
-        "datetime.date",
-        "datetime.datetime",
-        "datetime.time",
-        "datetime.timedelta",
-        "datetime.timezone",
-        "decimal.Decimal",
-        "fractions.Fraction",
-        "uuid.UUID",
-        "pathlib.Path",
-        "pathlib.PosixPath",
-        "pathlib.WindowsPath",
-        "pathlib.PurePath",
-        "pathlib.PurePosixPath",
-        "pathlib.PureWindowsPath",
-        "pathlib._local.PosixPath",
-        "pathlib._local.WindowsPath",
-        "numpy.core.multiarray._reconstruct",
-        "numpy.core.multiarray.scalar",
-        "numpy._core.multiarray._reconstruct",
-        "numpy._core.multiarray.scalar",
-        "numpy._core.numeric._frombuffer",
-        "numpy.core.numeric._frombuffer",
-        "numpy.dtype",
-        "numpy.ndarray",
-        "omegaconf.base.ContainerMetadata",
-        "omegaconf.base.Metadata",
-        "omegaconf.dictconfig.DictConfig",
-        "omegaconf.listconfig.ListConfig",
-        "omegaconf.nodes.AnyNode",
-        "omegaconf.nodes.BooleanNode",
-        "omegaconf.nodes.BytesNode",
-        "omegaconf.nodes.EnumNode",
-        "omegaconf.nodes.FloatNode",
-        "omegaconf.nodes.IntegerNode",
-        "omegaconf.nodes.PathNode",
-        "omegaconf.nodes.StringNode",
-        "lightning_fabric.utilities.data.AttributeDict",
-        "lightning.fabric.utilities.data.AttributeDict",
-        "pytorch_lightning.utilities.parsing.AttributeDict",
-        "lightning_utilities.core.enums.StrEnum",
-        "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
-        "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-        "torch.Size",
-        "torch.device",
-        "torch.serialization._get_layout",
-        "typing.Any",
-        "typing.Dict",
-        "typing.List",
-        "typing.Optional",
-        "typing.Union",
-    }
-    | {
-        f"{module}.{name}"
-        for module in ("builtins", "__builtin__")
-        for name in (
-            "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list",
-            "object", "range", "xrange", "set", "slice", "str", "tuple", "unicode", "long",
-        )
-    }
-    | {f"torch.{name}" for name in DTYPE_BY_NAME}
-    | {f"torch.{name}" for name in ("per_tensor_affine", "per_channel_affine", "contiguous_format")}
-)  # fmt: skip
-
-_UNSUPPORTED_TENSORS = {
-    "torch._utils._rebuild_qtensor": "quantised",
-    "torch._utils._rebuild_sparse_tensor": "sparse",
-    "torch._utils._rebuild_nested_tensor": "nested",
-    "torch._utils._rebuild_meta_tensor_no_storage": "on the meta device: it has no values",
-    "torch._utils._rebuild_wrapper_subclass": "of a tensor subclass",
-    "torch._utils._rebuild_device_tensor_from_numpy": "stored as a numpy array",
-    "torch._utils._rebuild_device_tensor_from_cpu_tensor": "stored through another device",
-    "torch._utils._rebuild_xla_tensor": "stored as a numpy array",
-}
 
 
 def read_pickle(raw: bytes, label: str) -> Any:
@@ -352,15 +178,9 @@ class _Machine:
 
     def find_name(self, module: str, attribute: str) -> None:
         name = Name(module, attribute)
-        full = str(name)
-        if not (
-            full in _INERT_NAMES
-            or full in _CALLS
-            or full in _UNSUPPORTED_TENSORS
-            or (module in ("torch", "torch.storage") and _is_storage(attribute))
-        ):
+        if not is_known(name):
             raise self._refuse(
-                f"needs Python code '{full}', which is never run; save the weights alone "
+                f"needs Python code '{name}', which is never run; save the weights alone "
                 "(torch.save(model.state_dict(), ...)) and average those files"
             )
         self.push(name)
@@ -375,19 +195,11 @@ class _Machine:
         arguments, function = self.pop(), self.pop()
         if type(function) is not Name or type(arguments) is not tuple:
             raise TypeError("calls a value that is not a name")
-        full = str(function)
-        if full in _CALLS:
-            self.push(_CALLS[full](*_bounded(arguments)))
-        elif full in _UNSUPPORTED_TENSORS:
-            self.push(Unsupported(_UNSUPPORTED_TENSORS[full]))
-        elif full in _INERT_NAMES:
-            self.push(Inert(full))
-        else:
-            raise TypeError("calls a storage")
+        self.push(called(function, arguments))
 
     def new_object(self) -> None:
         _arguments, cls = self.pop(), self.pop()
-        self.push(_instance(cls))
+        self.push(instance(cls))
 
     def new_object_with_keywords(self) -> None:
         self.pop()
@@ -405,132 +217,8 @@ class _Machine:
         if type(identity) is not tuple or len(identity) < 5 or identity[0] != "storage":
             raise TypeError("an unknown persistent reference")
         _, kind, key, _location, numel = identity[:5]
-        if type(kind) is not Name or type(key) is not str or type(numel) is not int or numel < 0:
-            raise TypeError("a damaged storage reference")
-        if kind.attribute in _QUANTISED_STORAGES:
-            self.push(Unsupported("quantised"))
-            return
-        dtype_name = _STORAGE_DTYPES.get(kind.attribute)
-        self.push(Storage(key, DTYPE_BY_NAME[dtype_name] if dtype_name else None, numel))
+        self.push(storage(kind, key, numel))
 
-
-def _is_storage(attribute: str) -> bool:
-    return (
-        attribute in _STORAGE_DTYPES
-        or attribute in _QUANTISED_STORAGES
-        or attribute in ("UntypedStorage", "_UntypedStorage")
-    )
-
-
-def _ordered_mapping(items: Any = (), *_rest: Any) -> Pairs:
-    pairs = Pairs()
-    if type(items) is list:  # OrderedDict([[key, value], ...]), as Python 2 wrote it
-        for item in items:
-            if type(item) not in (list, tuple) or len(item) != 2:
-                raise TypeError("a damaged mapping")
-            pairs.items.append((item[0], item[1]))
-        items.clear()  # moved, not copied: many mappings made of one list must not multiply it
-    return pairs
-
-
-def _rebuild_tensor(
-    storage: Any,
-    offset: Any,
-    shape: Any,
-    strides: Any,
-    _grad: Any = None,
-    _hooks: Any = None,
-    metadata: Any = None,
-) -> Any:
-    dtype = storage.dtype if type(storage) is Storage else None
-    return _view(storage, offset, shape, strides, dtype, metadata)
-
-
-def _rebuild_tensor_v3(
-    storage: Any,
-    offset: Any,
-    shape: Any,
-    strides: Any,
-    _grad: Any,
-    _hooks: Any,
-    dtype: Any,
-    metadata: Any = None,
-) -> Any:
-    known = DTYPE_BY_NAME.get(dtype.attribute) if type(dtype) is Name else None
-    return _view(storage, offset, shape, strides, known, metadata)
-
-
-def _view(
-    storage: Any, offset: Any, shape: Any, strides: Any, dtype: DType | None, metadata: Any
-) -> Any:
-    if type(storage) is Unsupported:
-        return storage
-    if type(storage) is not Storage or dtype is None or type(offset) is not int or offset < 0:
-        raise TypeError("a damaged tensor")
-    if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides):
-        raise TypeError("a damaged tensor")
-    if len(shape) > _MAX_DIMENSIONS:
-        return Unsupported(f"of more than {_MAX_DIMENSIONS} dimensions")
-    if not all(type(size) is int and 0 <= size < _MAX_SIZE for size in (*shape, *strides)):
-        raise TypeError("a damaged tensor")
-    if dtype.bits < 8:
-        return Unsupported("quantised")
-    if type(metadata) is Pairs and metadata.items:  # {"conj": True}: the bytes are not the values
-        return Unsupported("stored with a conjugation or negation still to be applied")
-    return TensorView(storage, dtype, offset, shape, strides)
-
-
-def _bounded(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    if len(arguments) > _MAX_ARGUMENTS:
-        raise TypeError("too many arguments")
-    return arguments
-
-
-def _rebuild_parameter(tensor: Any, *_rest: Any) -> Any:
-    return tensor
-
-
-def _rebuild_from_type(function: Any, _cls: Any, arguments: Any, *_rest: Any) -> Any:
-    # a tensor with attributes of its own: the function and arguments are those of a plain one
-    if type(function) is not Name or type(arguments) is not tuple:
-        raise TypeError("a damaged tensor")
-    rebuild = _REBUILDERS.get(str(function))
-    return rebuild(*_bounded(arguments)) if rebuild else Unsupported("of a tensor subclass")
-
-
-def _instance(cls: Any, *_rest: Any) -> Any:
-    full = str(cls) if type(cls) is Name else ""
-    if full in _MAPPINGS:
-        return Pairs()
-    if full in _INERT_NAMES:
-        return Inert(full)
-    if full in _TENSOR_CLASSES:
-        return Unsupported("of a tensor subclass")
-    raise TypeError("makes an instance of a value that is not a class")
-
-
-_MAPPINGS = frozenset(
-    {"collections.OrderedDict", "builtins.dict", "__builtin__.dict", "collections.defaultdict"}
-)
-_TENSOR_CLASSES = frozenset({"torch.Tensor", "torch.nn.parameter.Parameter"})
-_REBUILDERS: dict[str, Callable[..., Any]] = {
-    "torch._utils._rebuild_tensor": _rebuild_tensor,
-    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
-}
-_CALLS: dict[str, Callable[..., Any]] = _REBUILDERS | {
-    "collections.OrderedDict": _ordered_mapping,
-    "collections.defaultdict": lambda *_: Pairs(),
-    "builtins.dict": _ordered_mapping,
-    "__builtin__.dict": _ordered_mapping,
-    "copyreg._reconstructor": _instance,
-    "copy_reg._reconstructor": _instance,
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
-    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
-    "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
-    "torch.Tensor": lambda *_: Unsupported("of a tensor subclass"),
-    "torch.nn.parameter.Parameter": lambda *_: Unsupported("of a tensor subclass"),
-}
 
 _STOP = ord(".")
 _OPERATIONS: dict[int, Callable[[_Machine], object]] = {

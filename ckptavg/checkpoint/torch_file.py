@@ -8,7 +8,8 @@ from typing import Any
 from zlib import crc32
 
 from ckptavg.checkpoint.files import PositionalFile
-from ckptavg.checkpoint.pickles import Inert, Pairs, Storage, TensorView, Unsupported, read_pickle
+from ckptavg.checkpoint.pickle_values import Inert, Pairs, Storage, TensorView, Unsupported
+from ckptavg.checkpoint.pickles import read_pickle
 from ckptavg.checkpoint.stored import Place, StoredCheckpoint
 from ckptavg.checkpoint.strided import extent, is_row_major
 from ckptavg.checkpoint.zip_directory import Member, ZipDirectory
@@ -33,8 +34,8 @@ def open_torch_file(file: PositionalFile, *, state_key: str | None) -> StoredChe
 
     Args:
         file: The open file.
-        state_key: Which entry holds the weights, as a key or keys joined by dots; None looks for
-            the usual ones.
+        state_key: Which entry holds the weights, as a key or keys joined by dots, or ``.`` for the
+            top level; None looks for the usual ones.
 
     Raises:
         CheckpointError: If the file is damaged, needs code to be read, or holds no weights that
@@ -209,6 +210,8 @@ def _find_state_dict(root: Any, state_key: str | None, label: str) -> tuple[Pair
 
 
 def _walk(root: Pairs, state_key: str, label: str) -> Pairs:
+    if state_key == ".":  # the top level itself
+        return root
     has_dots = type(root.get(state_key)) is Pairs  # a key that itself holds dots
     parts = [state_key] if has_dots else state_key.split(".")
     mapping: Any = root

@@ -102,7 +102,8 @@ output_options = _combined(
 reading_options = _combined(
     click.option(
         "--state-key", metavar="KEY",
-        help="Entry of torch files that holds the weights, for example ema or ema.module; "
+        help="Entry of torch files that holds the weights, for example ema or ema.module, or . for "
+        "the top level; "
         "default: the usual one (state_dict, model, ...).",
     ),
     click.option(
