@@ -374,6 +374,7 @@ def test_a_whole_module_is_refused_by_its_name(tmp_path: Path) -> None:
 # -- tensors that are no plain arrays
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch 2.11 says so of itself
 def test_quantised_sparse_meta_and_conjugated_tensors_are_refused(tmp_path: Path) -> None:
     value = torch.randn(2, 2, dtype=torch.complex64)
     indices = torch.tensor([[0, 1], [1, 0]])
