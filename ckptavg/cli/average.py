@@ -1,6 +1,5 @@
 """``ckptavg average``: many checkpoints in, one model directory out."""
 
-from dataclasses import asdict
 from typing import Any
 
 import click
@@ -8,20 +7,15 @@ import click
 from ckptavg.cli.options import (
     Coefficients,
     machine_options,
+    model_arguments,
     model_options,
     output_options,
+    pipeline_arguments,
     reading_options,
     talk_options,
 )
 from ckptavg.cli.progress import ProgressBars
-from ckptavg.cli.render import (
-    echo_json,
-    echo_lines,
-    echo_notes,
-    plan_json,
-    plan_lines,
-    summary_lines,
-)
+from ckptavg.cli.render import echo_plan, echo_result
 from ckptavg.cli.user_code import load_bn_pass
 
 _EPILOG = """\b
@@ -86,52 +80,28 @@ def command(
     from ckptavg.pipeline import average_checkpoints, prepared_average
     from ckptavg.recipe import Recipe
 
-    batchnorm = load_bn_pass(
-        **{name: options.pop(name) for name in (
-            "model_name", "model_arguments", "data_name", "data_arguments", "forward_name",
-            "max_batches", "max_samples",
-        )}
-    )  # fmt: skip
-    reading = {
-        "state_key": options["state_key"],
-        "strip_prefixes": options["strip_prefixes"],
-        "device": options["device"],
-        "memory_budget_bytes": options["memory"],
-        "n_threads": options["io_threads"],
-        "max_shard_bytes": options["max_shard_size"],
-    }
+    batchnorm = load_bn_pass(**model_arguments(options))
+    arguments = pipeline_arguments(options)
     recipe = {
         name: options[name]
         for name in ("coefficients", "accumulate", "dtype", "buffers", "allow_nonfinite")
     }
     if dry_run:
+        runs_model = batchnorm is not None
         with prepared_average(
-            sources,
-            output,
-            Recipe(**recipe),
-            **reading,
-            overwrite=options["overwrite"],
-            runs_model=batchnorm is not None,
+            sources, output, Recipe(**recipe), **arguments, runs_model=runs_model
         ) as prepared:
-            if as_json:
-                echo_json(plan_json(prepared, output))
-            else:
-                echo_lines(plan_lines(prepared, output))
-                echo_notes(prepared.plan.notes, quiet=quiet)
+            echo_plan(prepared, output, as_json=as_json, quiet=quiet)
         return
     with ProgressBars(quiet=quiet or as_json) as progress:
         result = average_checkpoints(
             sources,
             output,
             **recipe,
-            **reading,
-            batchnorm=batchnorm,
-            overwrite=options["overwrite"],
+            **arguments,
             include_code=not options["no_code"],
+            batchnorm=batchnorm,
             progress=progress,
         )
-    if as_json:
-        echo_json(asdict(result))
-    else:
-        echo_lines(summary_lines(result, f"average of {result.n_checkpoints} checkpoints"))
-        echo_notes(result.notes, quiet=quiet)
+    done = f"average of {result.n_checkpoints} checkpoints"
+    echo_result(result, done, as_json=as_json, quiet=quiet)

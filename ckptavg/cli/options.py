@@ -171,3 +171,25 @@ def model_options(*, required: bool) -> Callable[[Command], Command]:
             help="Stop after the batch that reaches N samples, for example 10000; default: all.",
         ),
     )  # fmt: skip
+
+
+def model_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Take what ``model_options`` gave out of a command's options."""
+    names = (
+        "model_name", "model_arguments", "data_name", "data_arguments", "forward_name",
+        "max_batches", "max_samples",
+    )  # fmt: skip
+    return {name: options.pop(name) for name in names}
+
+
+def pipeline_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Return output, reading and machine options under their names in Python."""
+    return {
+        "overwrite": options["overwrite"],
+        "max_shard_bytes": options["max_shard_size"],
+        "state_key": options["state_key"],
+        "strip_prefixes": options["strip_prefixes"],
+        "device": options["device"],
+        "memory_budget_bytes": options["memory"],
+        "n_threads": options["io_threads"],
+    }

@@ -1,19 +1,20 @@
 """``ckptavg recompute-bn``: right BatchNorm statistics for one saved model."""
 
-from dataclasses import asdict
 from typing import Any
 
 import click
 
 from ckptavg.cli.options import (
     machine_options,
+    model_arguments,
     model_options,
     output_options,
+    pipeline_arguments,
     reading_options,
     talk_options,
 )
 from ckptavg.cli.progress import ProgressBars
-from ckptavg.cli.render import echo_json, echo_lines, echo_notes, summary_lines
+from ckptavg.cli.render import echo_result
 from ckptavg.cli.user_code import load_bn_pass
 
 _EPILOG = """\b
@@ -40,12 +41,7 @@ def command(
     """
     from ckptavg.pipeline import recompute_bn
 
-    batchnorm = load_bn_pass(
-        **{name: options.pop(name) for name in (
-            "model_name", "model_arguments", "data_name", "data_arguments", "forward_name",
-            "max_batches", "max_samples",
-        )}
-    )  # fmt: skip
+    batchnorm = load_bn_pass(**model_arguments(options))
     if batchnorm is None:
         raise AssertionError("--model and --data are required options")
     with ProgressBars(quiet=quiet or as_json) as progress:
@@ -53,18 +49,9 @@ def command(
             source,
             output,
             batchnorm,
-            state_key=options["state_key"],
-            strip_prefixes=options["strip_prefixes"],
-            device=options["device"],
-            memory_budget_bytes=options["memory"],
-            n_threads=options["io_threads"],
-            max_shard_bytes=options["max_shard_size"],
-            overwrite=options["overwrite"],
+            **pipeline_arguments(options),
             include_code=not options["no_code"],
             progress=progress,
         )
-    if as_json:
-        echo_json(asdict(result))
-    else:
-        echo_lines(summary_lines(result, f"{source} with recomputed BatchNorm statistics"))
-        echo_notes(result.notes, quiet=quiet)
+    done = f"{source} with recomputed BatchNorm statistics"
+    echo_result(result, done, as_json=as_json, quiet=quiet)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -40,6 +41,24 @@ def echo_notes(notes: Sequence[str], *, quiet: bool) -> None:
     if not quiet:
         for note in notes:
             click.echo(f"note: {printable(note)}", err=True)
+
+
+def echo_result(result: "AverageResult", done: str, *, as_json: bool, quiet: bool) -> None:
+    """Print what a run did; ``done`` says it in words."""
+    if as_json:
+        echo_json(asdict(result))
+        return
+    echo_lines(summary_lines(result, done))
+    echo_notes(result.notes, quiet=quiet)
+
+
+def echo_plan(prepared: "Prepared", output: str, *, as_json: bool, quiet: bool) -> None:
+    """Print what a run would do."""
+    if as_json:
+        echo_json(plan_json(prepared, output))
+        return
+    echo_lines(plan_lines(prepared, output))
+    echo_notes(prepared.plan.notes, quiet=quiet)
 
 
 def size(nbytes: float) -> str:
