@@ -24,8 +24,9 @@ def build_model(batchnorm: BnPass, checkpoint: Checkpoint, device: str) -> nn.Mo
         raise ModelError(f"the model is a {type(model).__name__}, expected a torch.nn.Module")
     if not callable(batchnorm.batches):
         _refuse_other_than_batches(batchnorm.batches)
-    check_names(model, checkpoint.tensors, checkpoint.label)
-    return model.to(device)
+    with _user_code("preparing the model"):
+        check_names(model, checkpoint.tensors, checkpoint.label)
+        return model.to(device)
 
 
 def recompute_written(
@@ -73,5 +74,5 @@ def _user_code(doing: str) -> Iterator[None]:
         yield
     except CkptavgError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit() in it must not end ckptavg
         raise ModelError(f"{doing} failed: {type(error).__name__}: {error}") from error

@@ -22,18 +22,23 @@ from ckptavg.average import (
     size_workspace,
 )
 from ckptavg.checkpoint import Checkpoint, normalise_names, open_checkpoint
+from ckptavg.checkpoint.directory import read_json
 from ckptavg.errors import UsageError
 from ckptavg.memory import peak_device_bytes, peak_host_bytes
 from ckptavg.plan import DEFAULT_MAX_SHARD_BYTES, AveragePlan, plan_average
 from ckptavg.provenance import provenance, weight_file_metadata
 from ckptavg.recipe import Accumulate, Buffers, OutputDType, Recipe
 from ckptavg.results import AverageResult, BnPass, CheckpointInfo, Progress, Source
-from ckptavg.side_files import copy_side_files
+from ckptavg.side_files import SideFile, copy_side_files, find_side_files
 from ckptavg.sources import close_all, expand_sources, open_sources, order_by_position
 from ckptavg.writer import PROVENANCE_NAME, ModelWriter, check_destination
 
 if TYPE_CHECKING:
     from ckptavg.batchnorm import BnReport
+
+    RunBnPass = Callable[[AveragePlan, ModelWriter, Callable[[int], None]], BnReport]
+
+_FEW_SAMPLES_A_BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +48,13 @@ class Prepared:
     checkpoints: Sequence[Checkpoint]
     plan: AveragePlan
     workspace: Workspace
+    side_files: Sequence[SideFile]
+    run_bn_pass: RunBnPass | None
+    notes: tuple[str, ...]
 
 
 def average_checkpoints(
-    sources: Sequence[Source],
+    sources: Source | Sequence[Source],
     output: Source,
     *,
     coefficients: Sequence[float] | None = None,
@@ -115,10 +123,10 @@ def average_checkpoints(
         n_threads=n_threads,
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
-        runs_model=batchnorm is not None,
+        include_code=include_code,
+        batchnorm=batchnorm,
     ) as prepared:
         checkpoints, plan, workspace = prepared.checkpoints, prepared.plan, prepared.workspace
-        run_bn_pass = _bn_pass(batchnorm, checkpoints[-1], workspace.device)
         metadata = weight_file_metadata(plan, __version__)
         with ModelWriter(output, plan, metadata=metadata, overwrite=overwrite) as writer:
             averaging = time.perf_counter()
@@ -129,16 +137,13 @@ def average_checkpoints(
             for checkpoint in checkpoints:
                 checkpoint.check_unchanged()
             average_seconds = time.perf_counter() - averaging
-            side_files, side_notes = copy_side_files(
-                checkpoints[-1].directory, writer,
-                include_code=include_code, output_dtype=plan.changed_dtype,
-            )  # fmt: skip
+            copy_side_files(prepared.side_files, writer, output_dtype=plan.changed_dtype)
             report = None
-            if batchnorm is not None and run_bn_pass is not None:
-                report = run_bn_pass(
+            if batchnorm is not None and prepared.run_bn_pass is not None:
+                report = prepared.run_bn_pass(
                     plan, writer, _stage(progress, "batchnorm", batchnorm.max_samples)
                 )
-            notes = (*plan.notes, *side_notes, *_batchnorm_notes(plan, report))
+            notes = (*plan.notes, *prepared.notes, *_report_notes(report))
             writer.add_file(
                 PROVENANCE_NAME,
                 provenance(
@@ -147,7 +152,8 @@ def average_checkpoints(
                     device=workspace.device,
                     differing=outcome.differing,
                     notes=notes,
-                    side_files=side_files,
+                    side_files=[file.name for file in prepared.side_files],
+                    derived_from=[_earlier_provenance(one) for one in checkpoints],
                     batchnorm=None if report is None else asdict(report),
                 ),
             )
@@ -171,7 +177,7 @@ def average_checkpoints(
 
 @contextmanager
 def prepared_average(
-    sources: Sequence[Source],
+    sources: Source | Sequence[Source],
     output: Source,
     recipe: Recipe,
     *,
@@ -182,13 +188,20 @@ def prepared_average(
     n_threads: int | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     overwrite: bool = False,
-    runs_model: bool = False,
+    include_code: bool = True,
+    batchnorm: BnPass | None = None,
 ) -> Iterator[Prepared]:
     """Open the sources, decide everything from headers, and close them at the end.
 
-    Args as in ``average_checkpoints``; explicit coefficients follow the order of the sources, and
-    ``runs_model`` tells whether a BatchNorm pass will follow.
+    Args as in ``average_checkpoints``; explicit coefficients follow the order of the sources.
     """
+    for name, value in (
+        ("n_threads", n_threads),
+        ("memory_budget_bytes", memory_budget_bytes),
+        ("max_shard_bytes", max_shard_bytes),
+    ):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}, expected at least 1")
     opened, notes = open_sources(sources, state_key=state_key)
     try:
         order = order_by_position(opened)
@@ -203,7 +216,7 @@ def prepared_average(
         )
         workspace = size_workspace(
             plan,
-            choose_device(device, read_nbytes=plan.read_nbytes, runs_model=runs_model),
+            choose_device(device, read_nbytes=plan.read_nbytes, runs_model=batchnorm is not None),
             memory_budget_bytes=memory_budget_bytes,
             n_threads=n_threads,
         )
@@ -214,13 +227,35 @@ def prepared_average(
             inputs=[file for files in plan.files for file in files],
             input_directories=[one.directory for one in checkpoints if one.directory],
         )
-        yield Prepared(checkpoints=checkpoints, plan=plan, workspace=workspace)
+        side_files, side_notes = find_side_files(
+            checkpoints[-1].directory, include_code=include_code
+        )
+        yield Prepared(
+            checkpoints=checkpoints,
+            plan=plan,
+            workspace=workspace,
+            side_files=side_files,
+            run_bn_pass=_bn_pass(batchnorm, checkpoints[-1], workspace.device),
+            notes=(*side_notes, *_batchnorm_due(plan, batchnorm)),
+        )
     finally:
         close_all(opened)
 
 
 def recompute_bn(
-    source: Source, output: Source, batchnorm: BnPass, **options: Any
+    source: Source,
+    output: Source,
+    batchnorm: BnPass,
+    *,
+    state_key: str | None = None,
+    strip_prefixes: Sequence[str] = (),
+    device: str = "auto",
+    memory_budget_bytes: int = DEFAULT_MEMORY_BUDGET_BYTES,
+    n_threads: int | None = None,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    include_code: bool = True,
+    progress: Progress | None = None,
 ) -> AverageResult:
     """Recompute the BatchNorm statistics of one saved model; everything else stays bit for bit.
 
@@ -228,9 +263,15 @@ def recompute_bn(
         source: A checkpoint file or model directory.
         output: The model directory to make.
         batchnorm: Model and data.
-        options: ``state_key``, ``strip_prefixes``, ``device``, ``memory_budget_bytes``,
-            ``n_threads``, ``max_shard_bytes``, ``overwrite``, ``include_code`` and ``progress`` of
-            ``average_checkpoints``.
+        state_key: As in ``average_checkpoints``, like all that follow.
+        strip_prefixes: Likewise.
+        device: Likewise.
+        memory_budget_bytes: Likewise.
+        n_threads: Likewise.
+        max_shard_bytes: Likewise.
+        overwrite: Likewise.
+        include_code: Likewise.
+        progress: Likewise.
 
     Raises:
         UsageError: If the source is a pattern that names several checkpoints.
@@ -240,7 +281,21 @@ def recompute_bn(
     if len(paths) != 1:
         raise UsageError(f"{source}: names {len(paths)} checkpoints, expected one model")
     # the average of one checkpoint is that checkpoint
-    return average_checkpoints(paths, output, batchnorm=batchnorm, allow_nonfinite=True, **options)
+    return average_checkpoints(
+        paths,
+        output,
+        allow_nonfinite=True,
+        batchnorm=batchnorm,
+        state_key=state_key,
+        strip_prefixes=strip_prefixes,
+        device=device,
+        memory_budget_bytes=memory_budget_bytes,
+        n_threads=n_threads,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+        include_code=include_code,
+        progress=progress,
+    )
 
 
 def inspect_checkpoint(source: Source, *, state_key: str | None = None) -> CheckpointInfo:
@@ -273,9 +328,7 @@ def inspect_checkpoint(source: Source, *, state_key: str | None = None) -> Check
         checkpoint.close()
 
 
-def _bn_pass(
-    batchnorm: BnPass | None, checkpoint: Checkpoint, device: str
-) -> Callable[[AveragePlan, ModelWriter, Callable[[int], None]], BnReport] | None:
+def _bn_pass(batchnorm: BnPass | None, checkpoint: Checkpoint, device: str) -> RunBnPass | None:
     """Build the user's model; return what will run the BatchNorm pass on the written average."""
     if batchnorm is None:
         return None
@@ -285,17 +338,36 @@ def _bn_pass(
     return partial(recompute_written, build_model(batchnorm, checkpoint, device), batchnorm)
 
 
-def _batchnorm_notes(plan: AveragePlan, report: BnReport | None) -> list[str]:
-    if report is not None and not report.layers and not report.skipped:
-        return ["the model has no BatchNorm layers: no BN pass was needed"]
-    if report is not None:
-        return [f"BatchNorm layer '{name}' {why}" for name, why in report.skipped.items()]
-    if plan.batchnorm_names and plan.n_checkpoints > 1:
-        return [
-            f"{len(plan.batchnorm_names)} BatchNorm statistics were averaged with the weights; "
-            "recompute them on training data: pass --model and --data, or run ckptavg recompute-bn"
-        ]
-    return []
+def _earlier_provenance(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Return how a checkpoint was made, if ckptavg made it."""
+    if checkpoint.directory is None:
+        return None
+    path = Path(checkpoint.directory) / PROVENANCE_NAME
+    return read_json(path, str(path))
+
+
+def _batchnorm_due(plan: AveragePlan, batchnorm: BnPass | None) -> list[str]:
+    if batchnorm is not None or not plan.batchnorm_names or plan.n_checkpoints == 1:
+        return []
+    return [
+        f"{len(plan.batchnorm_names)} BatchNorm statistics are averaged with the weights; "
+        "recompute them on training data: pass --model and --data, or run ckptavg recompute-bn"
+    ]
+
+
+def _report_notes(report: BnReport | None) -> list[str]:
+    if report is None:
+        return []
+    notes = [f"BatchNorm layer '{name}' {why}" for name, why in report.skipped.items()]
+    if not report.layers and not report.skipped:
+        notes.append("the model has no BatchNorm layers: no BN pass was needed")
+    if report.layers and report.n_samples < _FEW_SAMPLES_A_BATCH * report.n_batches:
+        notes.append(
+            f"BatchNorm statistics come from batches of about "
+            f"{max(report.n_samples // report.n_batches, 1)} samples; batches of 128 or more are "
+            "closer to what the model will meet"
+        )
+    return notes
 
 
 def _stage(progress: Progress | None, stage: str, total: int | None) -> Callable[[int], None]:

@@ -274,7 +274,8 @@ def plan_average(
         )
     outputs = {name: _output_dtype(info, recipe) for name, info in reference.tensors.items()}
     tensors, shards = _lay_out(reference.tensors, outputs, owners, max_shard_bytes)
-    take_from = 0 if recipe.buffers == "first" else len(checkpoints) - 1
+    used = [index for index, multiplier in enumerate(row.multipliers) if multiplier != 0]
+    take_from = used[0] if recipe.buffers == "first" else used[-1]
     return AveragePlan(
         recipe=recipe,
         rows=(row,),
@@ -360,8 +361,12 @@ def _refuse_differences(checkpoint: Checkpoint, reference: Checkpoint) -> None:
     mine, theirs = set(checkpoint.tensors), set(reference.tensors)
     missing = [name for name in reference.tensors if name not in mine | checkpoint.aliases.keys()]
     extra = [name for name in checkpoint.tensors if name not in theirs | reference.aliases.keys()]
-    differences = [f"'{name}' is only in {reference.label}" for name in missing]
-    differences += [f"'{name}' is only in {checkpoint.label}" for name in extra]
+    differences = [
+        f"'{name}' is in {reference.label}, not in {checkpoint.label}" for name in missing
+    ]
+    differences += [
+        f"'{name}' is in {checkpoint.label}, not in {reference.label}" for name in extra
+    ]
     hint = _prefix_hint(missing, extra)
     for name, info in reference.tensors.items():
         other = _info(checkpoint, name)
@@ -408,6 +413,10 @@ def _tied_names(checkpoints: Sequence[Checkpoint]) -> tuple[dict[str, str], list
 
     A pair is tied if every checkpoint either stores one of the two, or says that they share
     storage; then both get the same bytes.
+
+    Raises:
+        IncompatibleCheckpointsError: If a tensor that the last checkpoint does not store is a
+            tensor of its own in another.
     """
     reference = checkpoints[-1]
     owners: dict[str, str] = {}
@@ -424,9 +433,9 @@ def _tied_names(checkpoints: Sequence[Checkpoint]) -> tuple[dict[str, str], list
                 f"{apart[0].label}: each is averaged by itself"
             )
         elif apart:
-            notes.append(
-                f"'{name}' is stored in {apart[0].label}, but only as the tied '{owner}' in "
-                f"{reference.label}: the output holds '{owner}' alone"
+            raise IncompatibleCheckpointsError(
+                f"'{name}' is stored apart in {apart[0].label}, but only as the tied '{owner}' in "
+                f"{reference.label}; average checkpoints that agree on it"
             )
     return owners, notes
 

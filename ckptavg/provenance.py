@@ -39,6 +39,7 @@ def provenance(
     differing: Sequence[str],
     notes: Sequence[str],
     side_files: Sequence[str],
+    derived_from: Sequence[Mapping[str, Any] | None],
     batchnorm: Mapping[str, Any] | None,
 ) -> bytes:
     """Return the JSON text of ``ckptavg.json``."""
@@ -58,9 +59,16 @@ def provenance(
                     {"path": file.path, "nbytes": file.size, "mtime_ns": file.mtime_ns}
                     for file in files
                 ],
+                "made_by_ckptavg": earlier,
             }
-            for label, step, epoch, coefficient, files in zip(
-                plan.labels, plan.steps, plan.epochs, row.coefficients, plan.files, strict=True
+            for label, step, epoch, coefficient, files, earlier in zip(
+                plan.labels,
+                plan.steps,
+                plan.epochs,
+                row.coefficients,
+                plan.files,
+                derived_from,
+                strict=True,
             )
         ],
         "recipe": asdict(plan.recipe),

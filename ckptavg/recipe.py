@@ -50,6 +50,8 @@ class Recipe:
         return replace(self, coefficients=tuple(self.coefficients[index] for index in order))
 
     def __post_init__(self) -> None:
+        if self.coefficients is not None:  # numpy's numbers, too
+            object.__setattr__(self, "coefficients", tuple(float(c) for c in self.coefficients))
         for name, value, allowed in (
             ("accumulate", self.accumulate, get_args(Accumulate)),
             ("dtype", self.dtype, get_args(OutputDType)),

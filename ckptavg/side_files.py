@@ -3,8 +3,10 @@
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ckptavg.checkpoint.files import PositionalFile
 from ckptavg.errors import CheckpointError
@@ -36,41 +38,33 @@ class SideFile:
 
 
 def copy_side_files(
-    directory: str | None,
-    writer: ModelWriter,
-    *,
-    include_code: bool,
-    output_dtype: DType | None,
-) -> tuple[list[str], list[str]]:
-    """Copy what belongs to a model from its directory into an output.
+    files: Sequence[SideFile], writer: ModelWriter, *, output_dtype: DType | None
+) -> None:
+    """Copy side files into an output.
 
     Args:
-        directory: The model directory; None for a single file, which brings nothing.
-        writer: Where it goes.
-        include_code: Whether ``*.py`` files are copied.
+        files: From ``find_side_files``.
+        writer: Where they go.
         output_dtype: dtype of the output's weights where it was changed.
-
-    Returns:
-        The names copied, and what the user should know.
 
     Raises:
         CheckpointError: If a file cannot be read.
         OutputError: If one cannot be written.
     """
-    if directory is None:
-        return [], []
-    files, notes = find_side_files(directory, include_code=include_code)
     for file in files:
         writer.add_file(file.name, read_side_file(file, output_dtype=output_dtype))
-    return [file.name for file in files], notes
 
 
-def find_side_files(directory: str, *, include_code: bool) -> tuple[list[SideFile], list[str]]:
-    """Choose what to copy from a model directory.
+def find_side_files(
+    directory: str | None, *, include_code: bool
+) -> tuple[list[SideFile], list[str]]:
+    """Choose what to copy from a model directory; a single file (None) brings nothing.
 
     Returns:
         The files, sorted by name, and notes on code that is among them or was left out.
     """
+    if directory is None:
+        return [], []
     root = Path(directory)
     candidates = [entry for entry in root.iterdir() if not _LEFT_OUT.fullmatch(entry.name)]
     templates = root / _TEMPLATE_DIRECTORY
@@ -117,7 +111,16 @@ def read_side_file(file: SideFile, *, output_dtype: DType | None) -> bytes:
         config = json.loads(content)
     except ValueError as error:
         raise CheckpointError(f"{file.path}: is not valid JSON") from error
-    for key in ("dtype", "torch_dtype"):
-        if isinstance(config, dict) and isinstance(config.get(key), str):
-            config[key] = output_dtype.name
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    return (json.dumps(_with_dtype(config, output_dtype.name), indent=2) + "\n").encode("utf-8")
+
+
+def _with_dtype(config: Any, name: str) -> Any:
+    """Set the dtype wherever a config names one, also in the parts of a composite model."""
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: name
+        if key in ("dtype", "torch_dtype") and isinstance(value, str)
+        else _with_dtype(value, name)
+        for key, value in config.items()
+    }

@@ -13,10 +13,11 @@ from ckptavg.errors import SourceError
 
 _NUMBER_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
+_HUB_REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}(@\S+)?")
 _MAX_EXPANSION = 100_000
 
 
-def expand_sources(sources: Sequence[str | Path]) -> list[str]:
+def expand_sources(sources: str | Path | Sequence[str | Path]) -> list[str]:
     """Return the paths that sources stand for, in the order typed.
 
     ``{a..b..step}`` and ``{a,b,c}`` are expanded as a shell would; ``*``, ``?`` and ``[...]``
@@ -26,6 +27,8 @@ def expand_sources(sources: Sequence[str | Path]) -> list[str]:
     Raises:
         SourceError: If nothing is named, a pattern matches nothing, or a path does not exist.
     """
+    if isinstance(sources, (str, os.PathLike)):
+        sources = [sources]
     if not sources:
         raise SourceError("no checkpoints were named")
     paths: list[str] = []
@@ -51,7 +54,7 @@ def expand_sources(sources: Sequence[str | Path]) -> list[str]:
 
 
 def open_sources(
-    sources: Sequence[str | Path], *, state_key: str | None = None
+    sources: str | Path | Sequence[str | Path], *, state_key: str | None = None
 ) -> tuple[list[Checkpoint], list[str]]:
     """Open what the sources stand for, in the order typed.
 
@@ -160,6 +163,8 @@ def _missing(path: str) -> str:
         siblings = []
     near = difflib.get_close_matches(Path(path).name, siblings, n=1)
     hint = f"; did you mean {parent / near[0]}?" if near else ""
+    if path.startswith("hf://") or (not siblings and _HUB_REPOSITORY.fullmatch(path)):
+        hint = "; repositories on the Hub are not read yet: download the revision first"
     return f"{path}: no such file or directory{hint}"
 
 

@@ -7,14 +7,18 @@ and renamed. OUT either does not exist, is what it was before, or is complete.
 import ctypes
 import errno
 import fcntl
+import glob
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Self
 
+from ckptavg.checkpoint.directory import read_json
+from ckptavg.checkpoint.files import open_descriptor
 from ckptavg.errors import AfterPublishError, OutputError, UsageError
 from ckptavg.plan import Action, AveragePlan, TensorPlan
 from ckptavg.tensors import FileStamp
@@ -23,6 +27,14 @@ PROVENANCE_NAME = "ckptavg.json"
 INDEX_NAME = "model.safetensors.index.json"
 _HEADER_ALIGNMENT = 8
 _SPARE_BYTES = 64 * 2**20  # side files, directory entries
+_PARTIAL_SUFFIX = re.compile(r"\.partial-[0-9a-f]{16}$")
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
+# what a bare model directory may hold, beside what the provenance lists
+_MODEL_FILE = re.compile(
+    r"ckptavg\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"|(generation_|preprocessor_|processor_)?config\.json|tokenizer(_config)?\.json"
+    r"|tokenizer\.model|special_tokens_map\.json|vocab\.(json|txt)|merges\.txt|chat_template\.jinja"
+)
 _RENAME_NOREPLACE, _RENAME_EXCHANGE, _AT_FDCWD = 1, 2, -100
 
 
@@ -51,11 +63,12 @@ def check_destination(
     for directory in input_directories:
         inside = Path(os.path.realpath(directory))
         if where == inside or inside in where.parents:
-            raise UsageError(f"{output}: lies inside the input {directory}; choose another output")
+            relation = "is" if where == inside else "lies inside"
+            raise UsageError(f"{output}: {relation} the input {directory}; choose another output")
     for stamp in inputs:
-        file = Path(os.path.realpath(stamp.path))
-        if where == file or where in file.parents or where in Path(stamp.path).absolute().parents:
-            raise UsageError(f"{output}: holds the input {stamp.path}; choose another output")
+        for file in (Path(os.path.realpath(stamp.path)), Path(os.path.abspath(stamp.path))):
+            if where == file or where in file.parents:
+                raise UsageError(f"{output}: holds the input {stamp.path}; choose another output")
     if os.path.lexists(output):
         if not overwrite:
             raise OutputError(f"{output}: already exists; pass --overwrite to replace it")
@@ -91,17 +104,21 @@ class ModelWriter:
             overwrite: Whether an existing output is replaced.
         """
         # the directory itself, not a link to it, is what gets replaced
-        self.output = Path(os.path.realpath(output)) if output.is_symlink() else output
+        self.output = Path(
+            os.path.realpath(output) if output.is_symlink() else os.path.abspath(output)
+        )
         self.partial = self.output.with_name(f"{self.output.name}.partial-{plan.fingerprint}")
         self._shown = output
         self._plan = plan
         self._overwrite = overwrite
-        self._headers = [
-            _header([tensor for tensor in plan.tensors if tensor.shard == shard], metadata)
-            for shard in range(len(plan.shards))
-        ]
+        by_shard: list[list[TensorPlan]] = [[] for _ in plan.shards]
+        for tensor in plan.tensors:
+            by_shard[tensor.shard].append(tensor)
+        self._headers = [_header(tensors, metadata) for tensors in by_shard]
         self._descriptors: list[int] = []
-        self._lock = -1
+        self._directory = -1  # the partial directory, locked where the file system can
+        self._replaced = -1  # the directory being replaced, likewise
+        self._owns_partial = False
         self._made_parents: list[Path] = []
         self._published = False
 
@@ -122,11 +139,13 @@ class ModelWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if not self._published:
+        if not self._published and not self._is_in_place():
             self._abandon()
         elif error is not None and not isinstance(error, AfterPublishError):
+            self._close()
             raise AfterPublishError(
-                f"{self._shown}: is published and whole, but then: {type(error).__name__}"
+                f"{self._shown}: is published and whole, but then: "
+                f"{str(error) or type(error).__name__}"
             ) from error
 
     def write(self, shard: int, offset: int, data: memoryview) -> None:
@@ -177,22 +196,26 @@ class ModelWriter:
         try:
             for descriptor in self._descriptors:
                 os.fsync(descriptor)
+            for entry in self.partial.iterdir():
+                if entry.is_dir():
+                    _sync_directory(entry)
             _sync_directory(self.partial)
             replaced = self._rename()
         except OSError as error:
             raise self._failed(error) from error
         self._published = True
-        self._close_files()
         try:
-            _sync_directory(self.output.parent)
+            for parent in {self.output.parent, *(made.parent for made in self._made_parents)}:
+                _sync_directory(parent)
             if replaced:
                 shutil.rmtree(self.partial)
         except OSError as error:
+            left = f"; what it replaced is in {self.partial}" if replaced else ""
             raise AfterPublishError(
-                f"{self._shown}: is published and whole, but then: {error.strerror}"
+                f"{self._shown}: is published and whole, but then: {error.strerror}{left}"
             ) from error
         finally:
-            self._unlock()
+            self._close()
 
     def _rename(self) -> bool:
         """Move the partial directory into place; return whether it now holds the replaced one."""
@@ -203,6 +226,8 @@ class ModelWriter:
             )
         if exists:
             _check_replaceable(self.output)
+            # after the exchange it bears the partial directory's name: no other run may take it
+            self._replaced = _locked(self.output) or -1
         try:
             _renameat2(self.partial, self.output, _RENAME_EXCHANGE if exists else _RENAME_NOREPLACE)
         except OSError as error:
@@ -227,8 +252,9 @@ class ModelWriter:
             missing.append(parent)
             parent = parent.parent
         for directory in reversed(missing):
-            directory.mkdir()
-            self._made_parents.append(directory)
+            if not directory.is_dir():
+                directory.mkdir(exist_ok=True)
+                self._made_parents.append(directory)
         self._lock_partial()
         for shard, header in zip(self._plan.shards, self._headers, strict=True):
             try:
@@ -244,30 +270,42 @@ class ModelWriter:
             self.add_file(INDEX_NAME, _index(self._plan))
 
     def _lock_partial(self) -> None:
-        """Make the partial directory, empty and held by this process alone."""
-        self.partial.mkdir(exist_ok=True)
-        descriptor = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+        """Make the partial directory, empty and held by this process alone; clear dead ones."""
+        while True:
+            try:
+                self.partial.mkdir()
+                self._owns_partial = True
+            except FileExistsError:
+                self._owns_partial = False
+            descriptor = _locked(self.partial)
+            if descriptor is None:
+                self._owns_partial = False
                 raise OutputError(
                     f"{self._shown}: another ckptavg run is writing it at this moment"
-                ) from error
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
-                raise
-            return  # a file system without locks: the rename still lets one writer win
-        self._lock = descriptor
+                )
+            self._directory = descriptor
+            if _is_same(descriptor, self.partial):  # else it was moved or removed meanwhile
+                break
+            os.close(descriptor)
+            self._directory = -1
+        if not _can_lock(self._directory):
+            return  # the rename still lets one writer win
+        self._owns_partial = True
         for entry in self.partial.iterdir():  # left behind by a run that was killed
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for stale in self.output.parent.glob(f"{glob.escape(self.output.name)}.partial-*"):
+            if stale != self.partial and _PARTIAL_SUFFIX.search(stale.name):
+                _remove_if_free(stale)
+
+    def _is_in_place(self) -> bool:
+        """Tell whether the rename happened, also if a signal came right after it."""
+        return self._directory >= 0 and _is_same(self._directory, self.output)
 
     def _abandon(self) -> None:
-        held = self._lock >= 0 or bool(self._descriptors)
         self._close_files()
-        if held:
+        if self._owns_partial:
             shutil.rmtree(self.partial, ignore_errors=True)
-        self._unlock()
+        self._close()
         for directory in reversed(self._made_parents):
             try:
                 directory.rmdir()
@@ -278,10 +316,12 @@ class ModelWriter:
         while self._descriptors:
             os.close(self._descriptors.pop())
 
-    def _unlock(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+    def _close(self) -> None:
+        self._close_files()
+        for descriptor in (self._directory, self._replaced):
+            if descriptor >= 0:
+                os.close(descriptor)  # and unlock
+        self._directory = self._replaced = -1
 
     def _failed(self, error: OSError) -> OutputError:
         reason = (error.strerror or str(error)).lower()
@@ -316,17 +356,72 @@ def _index(plan: AveragePlan) -> bytes:
 
 
 def _check_replaceable(output: Path) -> None:
-    """Allow replacing a model directory or an empty one, never a folder with other things in it."""
+    """Allow replacing what ckptavg wrote, a bare model, or nothing; never anything else."""
     if not output.is_dir():
         raise OutputError(f"{output}: is not a directory; --overwrite replaces model directories")
-    names = [entry.name for entry in output.iterdir()]
-    if names and not any(
-        name == PROVENANCE_NAME or name.endswith((".safetensors", ".safetensors.index.json"))
-        for name in names
-    ):
+    names = sorted(entry.name for entry in output.iterdir())
+    ours = _written_names(output)
+    foreign = [name for name in names if name not in ours and not _MODEL_FILE.fullmatch(name)]
+    if foreign:
         raise OutputError(
-            f"{output}: holds other things than a model; --overwrite will not remove them"
+            f"{output}: also holds '{foreign[0]}'; --overwrite replaces nothing but a model "
+            "directory: remove it yourself, or choose another output"
         )
+
+
+def _written_names(output: Path) -> set[str]:
+    """Return what the provenance in a directory says that ckptavg wrote there."""
+    told = read_json(output / PROVENANCE_NAME, str(output / PROVENANCE_NAME))
+    made = told.get("output") if told else None
+    side_files = made.get("side_files") if isinstance(made, dict) else None
+    if not isinstance(side_files, list):
+        return set()
+    return {PurePath(name).parts[0] for name in side_files if isinstance(name, str) and name}
+
+
+def _locked(directory: Path) -> int | None:
+    """Open a directory and lock it; None if another process holds the lock.
+
+    On a file system without locks the directory is open and not locked.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            os.close(descriptor)
+            return None
+        if error.errno not in _NO_LOCKS:
+            os.close(descriptor)
+            raise
+    return descriptor
+
+
+def _can_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _is_same(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
+
+
+def _remove_if_free(stale: Path) -> None:
+    """Remove what a killed run left behind, unless a living one holds it."""
+    try:
+        descriptor = _locked(stale)
+    except OSError:
+        return
+    if descriptor is not None:
+        if _can_lock(descriptor) and _is_same(descriptor, stale):
+            shutil.rmtree(stale, ignore_errors=True)
+        os.close(descriptor)
 
 
 def _existing_parent(path: Path) -> Path:
@@ -337,7 +432,7 @@ def _existing_parent(path: Path) -> Path:
 
 
 def _create_file(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    return open_descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 
 
 def _reserve(descriptor: int, nbytes: int) -> None:

@@ -118,7 +118,7 @@ def test_mean_of_large_values_does_not_overflow_in_the_sum(
 def test_mean_that_overflows_the_output_dtype_is_refused(tmp_path: Path, device: str) -> None:
     tensors = {"w": torch.tensor([1.0, 1e5, -1e5])}
     assert refusal(tmp_path, tensors, tensors, device=device, dtype="float16") == (
-        "tensor 'w': 2 averaged values overflow float16; choose a wider --dtype, or pass "
+        "tensor 'w': averaged values overflow float16; choose a wider --dtype, or pass "
         "--allow-nonfinite"
     )
 
@@ -127,6 +127,55 @@ def test_mean_that_overflows_is_infinite_if_allowed(tmp_path: Path, device: str)
     tensors = {"w": torch.tensor([1.0, 1e5, -1e5])}
     result = average(tmp_path, tensors, device=device, dtype="float16", allow_nonfinite=True)
     assert result["w"].tolist() == [1.0, INFINITY, -INFINITY]
+
+
+def test_count_of_non_finite_values_is_that_of_the_whole_tensor(
+    tmp_path: Path, device: str
+) -> None:
+    bad = torch.ones(1_000_000)
+    bad[::2] = NAN
+    message = refusal(tmp_path, {"v": torch.ones(3), "w": bad}, device=device)
+    assert "tensor 'w' in checkpoint 1 of 1 has 500000 non-finite values" in message
+
+
+def test_float64_values_whose_sum_overflows_have_a_mean(tmp_path: Path, device: str) -> None:
+    first = {"w": torch.tensor([1.75e308, 1.0], dtype=torch.float64)}
+    second = {"w": torch.tensor([1.25e308, 2.0], dtype=torch.float64)}
+    result = average(tmp_path, first, second, device=device)["w"]
+    assert result.tolist() == [1.5e308, 1.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_shared_nan_keeps_its_bits_if_allowed(
+    tmp_path: Path, device: str, dtype: torch.dtype
+) -> None:
+    bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float64: torch.int64}
+    pattern = torch.tensor([NAN, -NAN, 1.0], dtype=dtype).view(bits[dtype])
+    pattern[0] += 5
+    tensors = {"w": pattern.view(dtype)}
+    result = average(tmp_path, tensors, tensors, device=device, allow_nonfinite=True)["w"]
+    assert torch.equal(result.view(bits[dtype]), pattern)
+
+
+def test_large_masks_are_repaired_in_parts(tmp_path: Path, device: str) -> None:
+    mask = torch.full((300_001,), -INFINITY, dtype=torch.bfloat16)
+    mask[::3] = 0
+    tensors = {"small": torch.ones(7).bfloat16(), "mask": mask, "w": torch.ones(3).bfloat16()}
+    result = average(tmp_path, tensors, tensors, tensors, device=device)
+    for name, value in tensors.items():
+        assert torch.equal(result[name], value)
+
+
+@pytest.mark.parametrize("option", ["n_threads", "memory_budget_bytes", "max_shard_bytes"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_numbers_below_one_are_refused(tmp_path: Path, option: str, value: int) -> None:
+    with pytest.raises(UsageError, match=f"^{option} is {value}, expected at least 1$"):
+        average(tmp_path, {"w": torch.ones(1)}, **{option: value})
+
+
+def test_a_zero_coefficient_leaves_the_integers_of_its_checkpoint_out(tmp_path: Path) -> None:
+    checkpoints = [{"w": torch.ones(1), "n": torch.tensor(n)} for n in (1, 2, 3)]
+    assert average(tmp_path, *checkpoints, coefficients=(0.5, 0.5, 0.0))["n"].item() == 2
 
 
 def test_non_finite_values_do_not_change_their_neighbours(tmp_path: Path, device: str) -> None:

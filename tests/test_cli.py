@@ -73,7 +73,7 @@ def test_average_prints_a_summary_and_notes(here: Path, capsys: pytest.CaptureFi
         "  1 integer tensors differed, taken from epoch-11.pt: 1.num_batches_tracked\n"
     )
     assert err == (
-        "note: 2 BatchNorm statistics were averaged with the weights; recompute them on training "
+        "note: 2 BatchNorm statistics are averaged with the weights; recompute them on training "
         "data: pass --model and --data, or run ckptavg recompute-bn\n"
     )
     assert sorted(tree(here / "swa")) == ["ckptavg.json", "model.safetensors"]
@@ -84,7 +84,11 @@ def test_average_with_bn_pass_in_one_go(here: Path, capsys: pytest.CaptureFixtur
         capsys, "average", "epoch-{9..11}.pt", "-o", "swa", "--model", "my_model:build",
         "--data", "my_model:batches",
     )  # fmt: skip
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert err == (
+        "note: BatchNorm statistics come from batches of about 12 samples; batches of 128 or more "
+        "are closer to what the model will meet\n"
+    )
     assert "  BatchNorm: 1 layers recomputed over 25 samples in 2 batches, T s\n" in (
         without_numbers(out)
     )
@@ -251,7 +255,7 @@ def test_names_from_files_are_escaped(here: Path, capsys: pytest.CaptureFixture[
     assert "\x1b" not in out
     save_checkpoint(here / "d", {"plain": torch.ones(1)}, "safetensors")
     _, _, err = call(capsys, "average", "c.safetensors", "d.safetensors", "-o", "x")
-    assert "'w\\x1b[31m\\n\\u202ename' is only in c.safetensors" in err
+    assert "'w\\x1b[31m\\n\\u202ename' is in c.safetensors, not in d.safetensors" in err
     assert err.count("\n") == 1
 
 
@@ -322,13 +326,28 @@ def test_averaging_on_a_cpu_does_not_import_torch(here: Path) -> None:
     assert result.stdout.endswith("0 {'click'}\n")
 
 
-def test_closed_or_full_stdout_does_not_fail_a_finished_run(here: Path) -> None:
-    with Path("/dev/full").open("w") as full:
-        result = subprocess.run(
-            program("average", "epoch-*.pt", "-o", "one"), stdout=full, stderr=subprocess.PIPE,
-            check=False,
-        )  # fmt: skip
-    assert result.returncode == 0
+def test_full_stdout_is_told_as_published_or_as_failed(here: Path) -> None:
+    for arguments, code, message in (
+        (("average", "epoch-*.pt", "-o", "one"), 3, "one: is published and whole, but then: the "),
+        (("inspect", "epoch-9.pt"), 1, "the "),
+    ):
+        with Path("/dev/full").open("w") as full:
+            result = subprocess.run(
+                program(*arguments), stdout=full, stderr=subprocess.PIPE, text=True, check=False
+            )
+        assert result.returncode == code
+        assert f"{message}result cannot be printed: No space left on device\n" in result.stderr
+    assert (here / "one" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("closing", [">&-", "2>&-", ">&- 2>&-", "2>/dev/full"])
+def test_streams_that_nobody_reads_do_not_fail_a_run(here: Path, closing: str) -> None:
+    command = f"{sys.executable} -m ckptavg average epoch-9.pt epoch-10.pt -o one {closing}"
+    assert subprocess.run(["bash", "-c", command], check=False).returncode == 0
+    assert (here / "one" / "model.safetensors").exists()
+
+
+def test_closed_pipe_does_not_fail_a_finished_run(here: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     result = subprocess.run(
@@ -337,8 +356,79 @@ def test_closed_or_full_stdout_does_not_fail_a_finished_run(here: Path) -> None:
     )  # fmt: skip
     os.close(writing)
     assert result.returncode == 0
-    assert (here / "one" / "model.safetensors").exists()
     assert (here / "two" / "model.safetensors").exists()
+
+
+def test_names_that_the_terminal_cannot_show_are_escaped(here: Path) -> None:
+    save_checkpoint(here / "c", {"层.weight": torch.ones(1)}, "safetensors")
+    result = subprocess.run(
+        program("inspect", "c.safetensors"), capture_output=True, check=True,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+    )  # fmt: skip
+    assert b"\\u5c42.weight" in result.stdout
+
+
+def test_signals_that_were_ignored_stay_ignored(here: Path) -> None:
+    """Under nohup a run outlives the terminal."""
+    code = (
+        "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+        "from ckptavg.cli import _catch_signals; _catch_signals(); "
+        "os.kill(os.getpid(), signal.SIGHUP); print('alive')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "alive\n"
+
+
+def test_what_user_code_prints_does_not_mix_with_json(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "chatty.py").write_text(
+        "import my_model\nprint('importing')\n"
+        "def build():\n    print('building')\n    return my_model.build()\n"
+        "def data():\n    print('loading')\n    yield from my_model.batches\n"
+    )
+    code, out, err = call(
+        capsys, "average", "epoch-*.pt", "-o", "swa", "--json", "--model", "chatty:build",
+        "--data", "chatty:data",
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads(out)["batchnorm"]["n_samples"] == 25
+    assert {"importing", "building", "loading"} <= set(err.split())
+
+
+@pytest.mark.parametrize("code", ["0", "7", "'words'"])
+def test_user_code_that_exits_is_a_failure_in_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], code: str
+) -> None:
+    (here / "quitter.py").write_text(f"import sys\ndef data():\n    sys.exit({code})\n")
+    found, _, err = call(
+        capsys, "average", "epoch-*.pt", "-o", "swa", "--model", "my_model:build", "--data",
+        "quitter:data",
+    )  # fmt: skip
+    sys.modules.pop("quitter", None)
+    assert found == 1
+    assert err == f"ckptavg: error: the BatchNorm pass failed: SystemExit: {code.strip(chr(39))}\n"
+    assert not (here / "swa").exists()
+
+
+def test_dry_run_checks_that_the_model_fits(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--model", "my_model:build", "--data", "my_model:batches", "--dry-run")
+    code, out, _ = call(capsys, *AVERAGE, *options)
+    assert code == 0
+    assert "then BatchNorm statistics are recomputed: the model fits the average\n" in out
+    code, _, err = call(capsys, *AVERAGE, *options, "--model-arg", "width=5")
+    assert code == 1
+    assert err == "ckptavg: error: epoch-11.pt: '0.weight' has shape [4, 3], [5, 3] in the model\n"
+    assert not (here / "swa").exists()
+
+
+def test_dry_run_refuses_a_bad_destination(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "swa").mkdir()
+    code, _, err = call(capsys, *AVERAGE, "--dry-run")
+    assert code == 1
+    assert err == "ckptavg: error: swa: already exists; pass --overwrite to replace it\n"
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_names_that_differ_are_named_with_both_checkpoints(tmp_path: Path) -> No
     first = {"w": torch.ones(2), "only.a": torch.ones(1)}
     last = {"w": torch.ones(2), "only.b": torch.ones(1)}
     assert refusal(opened(tmp_path, first, last)) == (
-        "the checkpoints differ: 'only.b' is only in b; 'only.a' is only in a"
+        "the checkpoints differ: 'only.b' is in b, not in a; 'only.a' is in a, not in b"
     )
 
 
@@ -48,8 +48,8 @@ def test_at_most_five_differences_are_named(tmp_path: Path) -> None:
     first = {"w": torch.ones(2), **{f"x{n}": torch.ones(1) for n in range(9)}}
     last = {"w": torch.ones(2)}
     assert refusal(opened(tmp_path, first, last)) == (
-        "the checkpoints differ: 'x0' is only in a; 'x1' is only in a; 'x2' is only in a; "
-        "'x3' is only in a; 'x4' is only in a; and 4 more"
+        "the checkpoints differ: 'x0' is in a, not in b; 'x1' is in a, not in b; "
+        "'x2' is in a, not in b; 'x3' is in a, not in b; 'x4' is in a, not in b; and 4 more"
     )
 
 

@@ -112,7 +112,11 @@ def test_a_missing_path_names_a_near_one() -> None:
     message = "runs/checkpoint-50: no such file or directory; did you mean runs/checkpoint-500?"
     refused(["runs/checkpoint-50"], message)
     refused(["runs/xyz"], "runs/xyz: no such file or directory")
-    refused(["absent/xyz"], "absent/xyz: no such file or directory")
+    refused(
+        ["absent/xyz"],
+        "absent/xyz: no such file or directory; repositories on the Hub are not read yet: "
+        "download the revision first",
+    )
 
 
 def test_a_missing_member_of_a_range_is_refused_not_skipped() -> None:

@@ -762,3 +762,13 @@ def test_a_dot_chooses_the_top_level_itself(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(path, state_key=".")
     assert list(checkpoint.tensors) == ["w"]
     checkpoint.close()
+
+
+def test_the_advice_on_state_key_leads_to_the_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "ema.pt"
+    torch.save({"model_ema": {"module": {"w": torch.ones(2)}}}, path)
+    with pytest.raises(CheckpointError, match="for example --state-key model_ema.module$"):
+        open_checkpoint(path)
+    checkpoint = open_checkpoint(path, state_key="model_ema.module")
+    assert list(checkpoint.tensors) == ["w"]
+    checkpoint.close()

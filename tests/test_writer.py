@@ -108,21 +108,39 @@ def test_everything_that_exists_counts_as_existing(source: Path, tmp_path: Path,
 def test_overwrite_replaces_a_model_directory(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.safetensors").write_text("old")
-    (tmp_path / "out" / "stale.json").write_text("old")
+    (tmp_path / "out" / "config.json").write_text("{}")
     average_checkpoints([source], tmp_path / "out", overwrite=True)
     assert sorted(tree(tmp_path / "out")) == ["ckptavg.json", "model.safetensors"]
     assert leftovers(tmp_path) == ["out"]
 
 
 def test_overwrite_never_removes_a_folder_with_other_things(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.tex").write_text("years of work")
-    with pytest.raises(OutputError) as caught:
+    average_checkpoints([source], tmp_path / "home")
+    for name in ("thesis.tex", "optimizer.pt", "trainer_state.json", ".git"):
+        (tmp_path / "home" / name).write_text("years of work")
+        before = tree(tmp_path / "home")
+        with pytest.raises(OutputError) as caught:
+            average_checkpoints([source], tmp_path / "home", overwrite=True)
+        assert str(caught.value) == (
+            f"{tmp_path}/home: also holds '{name}'; --overwrite replaces nothing but a model "
+            "directory: remove it yourself, or choose another output"
+        )
+        assert tree(tmp_path / "home") == before
+        (tmp_path / "home" / name).unlink()
+    (tmp_path / "home" / "checkpoint-500").mkdir()
+    with pytest.raises(OutputError, match="also holds 'checkpoint-500'"):
         average_checkpoints([source], tmp_path / "home", overwrite=True)
-    assert str(caught.value) == (
-        f"{tmp_path}/home: holds other things than a model; --overwrite will not remove them"
-    )
-    assert tree(tmp_path / "home") == {"thesis.tex": b"years of work"}
+
+
+def test_overwrite_replaces_an_output_with_its_side_files(tmp_path: Path) -> None:
+    tensors = {"w": torch.ones(2), "v": torch.ones(1)}
+    model = save_checkpoint(tmp_path / "run", tensors, "sharded safetensors")
+    (model / "licence.of.mine").write_text("free")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool.jinja").write_text("tool")
+    for _ in range(2):
+        average_checkpoints([model], tmp_path / "out", overwrite=True)
+    assert "licence.of.mine" in tree(tmp_path / "out")
 
 
 def test_overwrite_does_not_replace_a_file(source: Path, tmp_path: Path) -> None:
@@ -169,8 +187,9 @@ def test_output_inside_or_around_an_input_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError) as caught:
             average_checkpoints([model], output, **options)  # type: ignore[arg-type]  # options
+        relation = "is" if output == model else "lies inside"
         assert str(caught.value) == (
-            f"{output}: lies inside the input {model}; choose another output"
+            f"{output}: {relation} the input {model}; choose another output"
         )
     with pytest.raises(UsageError) as caught:
         average_checkpoints([model], tmp_path, overwrite=True)
@@ -281,6 +300,62 @@ def test_what_a_killed_run_left_behind_is_cleared(source: Path, tmp_path: Path) 
     (stale / "folder").mkdir()
     average_checkpoints([source], tmp_path / "out", overwrite=True)
     assert leftovers(tmp_path) == ["out"]
+
+
+def test_partial_directories_of_dead_runs_with_other_plans_are_removed(
+    source: Path, tmp_path: Path
+) -> None:
+    dead, other = tmp_path / "out.partial-0123456789abcdef", tmp_path / "out.partial-notes"
+    alive = tmp_path / "out.partial-fedcba9876543210"
+    for folder in (dead, other, alive):
+        folder.mkdir()
+        (folder / "file").write_text("something")
+    descriptor = os.open(alive, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    average_checkpoints([source], tmp_path / "out")
+    os.close(descriptor)
+    assert leftovers(tmp_path) == ["out", alive.name, other.name]
+
+
+def test_a_run_never_takes_the_directory_that_another_is_replacing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the exchange the old output bears the partial directory's name."""
+    average_checkpoints([source], tmp_path / "out")
+    sync = writer_module._sync_directory
+    refused: list[bool] = []
+
+    def start_the_same_run(path: Path) -> None:
+        if path == tmp_path and not refused:
+            refused.append(True)
+            with pytest.raises(OutputError, match="another ckptavg run is writing it"):
+                average_checkpoints([source], tmp_path / "out", overwrite=True)
+        sync(path)
+
+    monkeypatch.setattr(writer_module, "_sync_directory", start_the_same_run)
+    average_checkpoints([source], tmp_path / "out", overwrite=True)
+    assert refused
+    assert sorted(tree(tmp_path / "out")) == ["ckptavg.json", "model.safetensors"]
+    assert leftovers(tmp_path) == ["out"]
+
+
+def test_an_interruption_right_after_the_rename_is_told_as_published(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    average_checkpoints([source], tmp_path / "out")
+    rename = writer_module._renameat2
+
+    def interrupted(*arguments: Any) -> None:
+        rename(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer_module, "_renameat2", interrupted)
+    with pytest.raises(
+        AfterPublishError, match="out: is published and whole, but then: KeyboardInterrupt$"
+    ):
+        average_checkpoints([source, source], tmp_path / "out", overwrite=True)
+    told = json.loads((tmp_path / "out" / "ckptavg.json").read_text())
+    assert len(told["checkpoints"]) == 2
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSYS])

@@ -294,19 +294,17 @@ class _Pipeline:
 
     def _await_slot(self, number: int) -> Tensor:
         with self._ready_changed:
-            while number not in self._ready:
-                if self._stop.is_set():
-                    raise _StoppedError
+            while not self._stop.is_set():
+                if number in self._ready:
+                    return self._ready.pop(number)
                 self._ready_changed.wait(_POLL_SECONDS)
-            return self._ready.pop(number)
+        raise _StoppedError
 
     def _take(self, queue: "Queue[T]") -> T:
-        while True:
-            try:
+        while not self._stop.is_set():
+            with suppress(Empty):
                 return queue.get(timeout=_POLL_SECONDS)
-            except Empty:
-                if self._stop.is_set():
-                    raise _StoppedError from None
+        raise _StoppedError
 
     def _done(self, chunk: Chunk, differing: list[str]) -> None:
         with self._lock:

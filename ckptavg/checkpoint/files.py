@@ -33,7 +33,8 @@ class PositionalFile:
         self.label = label
         self._descriptor = -1
         try:
-            self._descriptor = _open_for_reading(self.path)
+            # O_NONBLOCK: a FIFO must fail the check for a regular file, not wait for a writer
+            self._descriptor = open_descriptor(self.path, os.O_RDONLY | os.O_NONBLOCK)
             status = os.fstat(self._descriptor)
         except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
             self.close()
@@ -96,15 +97,15 @@ class PositionalFile:
             self._descriptor = -1
 
 
-def _open_for_reading(path: str) -> int:
-    # O_NONBLOCK: opening a FIFO must fail the check for a regular file, not wait for a writer
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+def open_descriptor(path: str | Path, flags: int, mode: int = 0o777) -> int:
+    """Open a file, close-on-exec, lifting the soft limit on open files where it is in the way."""
+    flags |= os.O_CLOEXEC
     try:
-        return os.open(path, flags)
+        return os.open(path, flags, mode)
     except OSError as error:
         if error.errno != errno.EMFILE or not _raise_open_file_limit():
             raise
-        return os.open(path, flags)
+        return os.open(path, flags, mode)
 
 
 def _raise_open_file_limit() -> bool:

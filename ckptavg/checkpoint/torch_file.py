@@ -202,7 +202,7 @@ def _find_state_dict(root: Any, state_key: str | None, label: str) -> tuple[Pair
     found = _some(keys, 8) if keys else "nothing"
     prefix = f"{path}." if path else ""
     hint = (
-        f"; choose one with --state-key, for example --state-key {prefix}{nested[0]}"
+        f"; choose one with --state-key, for example --state-key {prefix}{_tensor_path(mapping, nested[0])}"
         if nested
         else ""
     )
@@ -251,6 +251,19 @@ def _tensor_mappings(mapping: Pairs) -> list[str]:
         return known[id(value), levels]
 
     return [key for key, value in mapping.string_items() if holds_tensors(value, 1)]
+
+
+def _tensor_path(mapping: Pairs, key: str) -> str:
+    """Return the key, joined with those below it until a mapping holds tensors itself."""
+    path, value = key, mapping.get(key)
+    for _ in range(_MAX_NESTING):
+        if any(type(inner) in (TensorView, Unsupported) for _, inner in value.items):
+            break
+        below = _tensor_mappings(value)
+        if not below:
+            break
+        path, value = f"{path}.{below[0]}", value.get(below[0])
+    return path
 
 
 def _is_average(key: str) -> bool:

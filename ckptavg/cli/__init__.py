@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 refused or failed, nothing published; 2 usage; 3 published
 failed; 129, 130, 143 ended by SIGHUP, SIGINT, SIGTERM, nothing published.
 """
 
+import contextlib
 import importlib
 import os
 import signal
@@ -11,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 import click
 
@@ -53,16 +55,20 @@ class _Ended(BaseException):
     """A signal asked the process to end; not an Exception, so that nothing swallows it."""
 
     def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}")
         self.exit_code = 128 + number
-        self.signal_name = signal.Signals(number).name
 
 
 def main() -> None:
     """Run the command line and exit; the console script."""
+    # a standard stream that was closed before the start is None: write to nowhere instead
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 - kept open to the end
     code = run()
     try:
         sys.stdout.flush()
-    except OSError:  # a closed or full standard output must not turn success into failure
+    except OSError:  # what could not be printed was dealt with where it was printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
@@ -74,8 +80,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows ``ckptavg``; None takes it from ``sys.argv``.
     """
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = [(number, signal.signal(number, _end)) for number in numbers]
+    handlers = _catch_signals()
     try:
         code = cli.main(
             None if arguments is None else list(arguments),
@@ -88,12 +93,17 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         error.show()
         return 2
+    except click.Abort:  # what click makes of a KeyboardInterrupt
+        return _fail("interrupted; nothing was published", 130, debug)
     except _Ended as error:
-        return _fail(f"ended by {error.signal_name}; nothing was published", error.exit_code, debug)
+        return _fail(f"{error}; nothing was published", error.exit_code, debug)
     except MemoryError:
         return _fail("out of memory; nothing was published (--memory lowers the need)", 1, debug)
     except CkptavgError as error:
         return _fail(str(error), exit_code_of(error), debug)
+    except Exception as error:
+        hint = "" if debug else " (--debug shows the traceback; please report it)"
+        return _fail(f"unexpected {type(error).__name__}: {error}{hint}", 1, debug)
     finally:
         for number, handler in handlers:
             signal.signal(number, handler)
@@ -109,9 +119,31 @@ def exit_code_of(error: CkptavgError) -> int:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    click.echo(f"ckptavg: error: {printable(message)}", err=True)
+    with contextlib.suppress(OSError):
+        click.echo(f"ckptavg: error: {printable(message)}", err=True)
     return code
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    raise _Ended(number)
+def _catch_signals() -> list[tuple[signal.Signals, Any]]:
+    """Let signals end the run in order; return what handled them before.
+
+    One that is ignored, as under nohup, stays ignored. The first one makes the clean-up deaf to
+    those that follow. Processes that a data loader forks die of them as usual.
+    """
+    process = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:
+            os._exit(128 + number)
+        for caught, _ in handlers:
+            signal.signal(caught, signal.SIG_IGN)
+        raise _Ended(number)
+
+    handlers = [
+        (number, signal.getsignal(number))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    ]
+    for number, _ in handlers:
+        signal.signal(number, end)
+    return handlers

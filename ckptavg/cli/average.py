@@ -15,7 +15,7 @@ from ckptavg.cli.options import (
     talk_options,
 )
 from ckptavg.cli.progress import ProgressBars
-from ckptavg.cli.render import echo_plan, echo_result
+from ckptavg.cli.render import echo_plan, echo_result, stdout_for_the_result
 from ckptavg.cli.user_code import load_bn_pass
 
 _EPILOG = """\b
@@ -80,28 +80,24 @@ def command(
     from ckptavg.pipeline import average_checkpoints, prepared_average
     from ckptavg.recipe import Recipe
 
-    batchnorm = load_bn_pass(**model_arguments(options))
+    with stdout_for_the_result():
+        batchnorm = load_bn_pass(**model_arguments(options))
     arguments = pipeline_arguments(options)
     recipe = {
         name: options[name]
         for name in ("coefficients", "accumulate", "dtype", "buffers", "allow_nonfinite")
     }
+    arguments |= {"include_code": not options["no_code"], "batchnorm": batchnorm}
     if dry_run:
-        runs_model = batchnorm is not None
-        with prepared_average(
-            sources, output, Recipe(**recipe), **arguments, runs_model=runs_model
-        ) as prepared:
-            echo_plan(prepared, output, as_json=as_json, quiet=quiet)
+        with (
+            stdout_for_the_result(),
+            prepared_average(sources, output, Recipe(**recipe), **arguments) as prepared,
+        ):
+            pass  # deciding is all
+        echo_plan(prepared, output, as_json=as_json, quiet=quiet)
         return
-    with ProgressBars(quiet=quiet or as_json) as progress:
-        result = average_checkpoints(
-            sources,
-            output,
-            **recipe,
-            **arguments,
-            include_code=not options["no_code"],
-            batchnorm=batchnorm,
-            progress=progress,
-        )
-    done = f"average of {result.n_checkpoints} checkpoints"
+    with stdout_for_the_result(), ProgressBars(quiet=quiet or as_json) as progress:
+        result = average_checkpoints(sources, output, **recipe, **arguments, progress=progress)
+    plural = "" if result.n_checkpoints == 1 else "s"
+    done = f"average of {result.n_checkpoints} checkpoint{plural}"
     echo_result(result, done, as_json=as_json, quiet=quiet)

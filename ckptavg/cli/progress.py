@@ -15,7 +15,7 @@ class ProgressBars:
 
     def __init__(self, *, quiet: bool) -> None:
         """Draw only if ``quiet`` is off and stderr is a terminal."""
-        self._draws = not quiet and sys.stderr.isatty()
+        self._draws = not quiet and sys.stderr is not None and sys.stderr.isatty()
         self._bar: tqdm[Any] | None = None
         self._stage = ""
 

@@ -14,7 +14,7 @@ from ckptavg.cli.options import (
     talk_options,
 )
 from ckptavg.cli.progress import ProgressBars
-from ckptavg.cli.render import echo_result
+from ckptavg.cli.render import echo_result, stdout_for_the_result
 from ckptavg.cli.user_code import load_bn_pass
 
 _EPILOG = """\b
@@ -41,10 +41,11 @@ def command(
     """
     from ckptavg.pipeline import recompute_bn
 
-    batchnorm = load_bn_pass(**model_arguments(options))
+    with stdout_for_the_result():
+        batchnorm = load_bn_pass(**model_arguments(options))
     if batchnorm is None:
         raise AssertionError("--model and --data are required options")
-    with ProgressBars(quiet=quiet or as_json) as progress:
+    with stdout_for_the_result(), ProgressBars(quiet=quiet or as_json) as progress:
         result = recompute_bn(
             source,
             output,
@@ -53,5 +54,6 @@ def command(
             include_code=not options["no_code"],
             progress=progress,
         )
-    done = f"{source} with recomputed BatchNorm statistics"
+    recomputed = result.batchnorm is not None and result.batchnorm.layers
+    done = f"{source} with recomputed BatchNorm statistics" if recomputed else f"a copy of {source}"
     echo_result(result, done, as_json=as_json, quiet=quiet)

@@ -1,13 +1,14 @@
 """Values -> text for people; every name that comes from a file is escaped on the way out."""
 
+import contextlib
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from ckptavg.errors import printable
+from ckptavg.errors import AfterPublishError, OutputError, printable
 
 if TYPE_CHECKING:
     from ckptavg.batchnorm import BnReport
@@ -16,40 +17,46 @@ if TYPE_CHECKING:
 
 
 def echo_lines(lines: Iterable[str]) -> None:
-    """Print lines to stdout; a closed or full stdout is not the result's fault."""
-    try:
-        for line in lines:
-            click.echo(printable(line))
-        sys.stdout.flush()
-    except OSError:
-        pass
+    """Print lines to stdout.
+
+    Raises:
+        OutputError: If they cannot be printed; a reader that went away is no error.
+    """
+    _print("".join(f"{printable(line)}\n" for line in lines))
 
 
 def echo_json(value: Any) -> None:
-    """Print a value as JSON to stdout."""
+    """Print a value as JSON to stdout; raises as ``echo_lines`` does."""
     from ckptavg.provenance import json_text
 
-    try:
-        click.echo(json_text(value))
-        sys.stdout.flush()
-    except OSError:
-        pass
+    _print(f"{json_text(value)}\n")
 
 
 def echo_notes(notes: Sequence[str], *, quiet: bool) -> None:
-    """Print notes to stderr, one a line."""
+    """Print notes to stderr, one a line; where nobody can read them, they are lost."""
     if not quiet:
-        for note in notes:
-            click.echo(f"note: {printable(note)}", err=True)
+        with contextlib.suppress(OSError):
+            for note in notes:
+                click.echo(_encodable(f"note: {printable(note)}", sys.stderr), err=True)
 
 
 def echo_result(result: "AverageResult", done: str, *, as_json: bool, quiet: bool) -> None:
-    """Print what a run did; ``done`` says it in words."""
-    if as_json:
-        echo_json(asdict(result))
-        return
-    echo_lines(summary_lines(result, done))
-    echo_notes(result.notes, quiet=quiet)
+    """Print what a run did; ``done`` says it in words.
+
+    Raises:
+        AfterPublishError: If that fails or is interrupted: the output is there all the same.
+    """
+    try:
+        if as_json:
+            echo_json(asdict(result))
+            return
+        echo_lines(summary_lines(result, done))
+        echo_notes(result.notes, quiet=quiet)
+    except BaseException as error:
+        raise AfterPublishError(
+            f"{result.output}: is published and whole, but then: "
+            f"{str(error) or type(error).__name__}"
+        ) from error
 
 
 def echo_plan(prepared: "Prepared", output: str, *, as_json: bool, quiet: bool) -> None:
@@ -58,7 +65,28 @@ def echo_plan(prepared: "Prepared", output: str, *, as_json: bool, quiet: bool) 
         echo_json(plan_json(prepared, output))
         return
     echo_lines(plan_lines(prepared, output))
-    echo_notes(prepared.plan.notes, quiet=quiet)
+    echo_notes([*prepared.plan.notes, *prepared.notes], quiet=quiet)
+
+
+def stdout_for_the_result() -> contextlib.AbstractContextManager[object]:
+    """Send what the user's code prints to stderr: stdout belongs to the result."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
+def _print(text: str) -> None:
+    try:
+        click.echo(_encodable(text, sys.stdout), nl=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough
+        pass
+    except OSError as error:
+        raise OutputError(f"the result cannot be printed: {error.strerror}") from error
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    """Escape what the stream's encoding cannot express."""
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def size(nbytes: float) -> str:
@@ -164,6 +192,11 @@ def plan_lines(prepared: "Prepared", output: str) -> list[str]:
         f"{size(workspace.chunk_nbytes)}; buffers at most {size(workspace.host_nbytes)} host, "
         f"{size(workspace.device_nbytes)} device memory",
     ]
+    if prepared.run_bn_pass is not None:
+        lines.append("then BatchNorm statistics are recomputed: the model fits the average")
+    if prepared.side_files:
+        names = [file.name for file in prepared.side_files]
+        lines.append(f"copy {len(names)} side files: {', '.join(names)}")
     return lines
 
 
@@ -194,7 +227,9 @@ def plan_json(prepared: "Prepared", output: str) -> dict[str, Any]:
         "device": workspace.device,
         "host_buffer_nbytes": workspace.host_nbytes,
         "device_buffer_nbytes": workspace.device_nbytes,
-        "notes": list(plan.notes),
+        "batchnorm_pass": prepared.run_bn_pass is not None,
+        "side_files": [file.name for file in prepared.side_files],
+        "notes": [*plan.notes, *prepared.notes],
     }  # fmt: skip
 
 
