@@ -201,11 +201,10 @@ def _find_state_dict(root: Any, state_key: str | None, label: str) -> tuple[Pair
     keys = [key for key, _ in mapping.string_items()]
     found = _some(keys, 8) if keys else "nothing"
     prefix = f"{path}." if path else ""
-    hint = (
-        f"; choose one with --state-key, for example --state-key {prefix}{_tensor_path(mapping, nested[0])}"
-        if nested
-        else ""
-    )
+    hint = ""
+    if nested:
+        example = f"{prefix}{_tensor_path(mapping, nested[0])}"
+        hint = f"; choose one with --state-key, for example --state-key {example}"
     raise CheckpointError(f"{label}: no weights found {level}, which holds {found}{hint}")
 
 
