@@ -227,7 +227,12 @@ class ModelWriter:
         if exists:
             _check_replaceable(self.output)
             # after the exchange it bears the partial directory's name: no other run may take it
-            self._replaced = _locked(self.output) or -1
+            replaced = _locked(self.output)
+            if replaced is None:
+                raise OutputError(
+                    f"{self._shown}: another ckptavg run is publishing it at this moment"
+                )
+            self._replaced = replaced
         try:
             _renameat2(self.partial, self.output, _RENAME_EXCHANGE if exists else _RENAME_NOREPLACE)
         except OSError as error:

@@ -1,5 +1,6 @@
 """The command line as a user meets it: whole outputs, exit codes, signals, speed of --help."""
 
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from conftest import save_checkpoint, tree
 from safetensors.torch import load_file
 
 from ckptavg.cli import _COMMANDS, cli, exit_code_of, run
+from ckptavg.cli.progress import ProgressBars
 from ckptavg.errors import AfterPublishError, CkptavgError, UsageError
 
 MODEL = """
@@ -366,6 +368,31 @@ def test_names_that_the_terminal_cannot_show_are_escaped(here: Path) -> None:
         env={**os.environ, "PYTHONIOENCODING": "latin-1"},
     )  # fmt: skip
     assert b"\\u5c42.weight" in result.stdout
+
+
+def test_progress_shows_bytes_rate_and_remaining_time_on_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream, quiet, shown in (
+        (Terminal(), False, True),
+        (Terminal(), True, False),
+        (io.StringIO(), False, False),
+    ):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with ProgressBars(quiet=quiet) as progress:
+            progress("average", 50_000_000, 100_000_000)
+            time.sleep(0.2)
+            progress("average", 25_000_000, 100_000_000)
+            progress("batchnorm", 128, None)
+        text = stream.getvalue()
+        assert bool(text) is shown
+        if shown:
+            assert re.search(r"average:  75%.*75\.0M/100M \[\d\d:\d\d<\d\d:\d\d, .*B/s\]", text)
+            assert re.search(r"batchnorm: [\d.]+sample", text)
 
 
 def test_signals_that_were_ignored_stay_ignored(here: Path) -> None:
