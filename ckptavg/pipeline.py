@@ -23,6 +23,7 @@ from ckptavg.average import (
 )
 from ckptavg.checkpoint import Checkpoint, normalise_names, open_checkpoint
 from ckptavg.checkpoint.directory import read_json
+from ckptavg.destination import PROVENANCE_NAME, check_destination
 from ckptavg.errors import UsageError
 from ckptavg.memory import peak_device_bytes, peak_host_bytes
 from ckptavg.plan import DEFAULT_MAX_SHARD_BYTES, AveragePlan, plan_average
@@ -31,7 +32,7 @@ from ckptavg.recipe import Accumulate, Buffers, OutputDType, Recipe
 from ckptavg.results import AverageResult, BnPass, CheckpointInfo, Progress, Source
 from ckptavg.side_files import SideFile, copy_side_files, find_side_files
 from ckptavg.sources import close_all, expand_sources, open_sources, order_by_position
-from ckptavg.writer import PROVENANCE_NAME, ModelWriter, check_destination
+from ckptavg.writer import ModelWriter
 
 if TYPE_CHECKING:
     from ckptavg.batchnorm import BnReport

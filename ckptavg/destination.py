@@ -1,0 +1,98 @@
+"""Where an output may go: not over anything else, not into an input, not onto a full disk."""
+
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+
+from ckptavg.checkpoint.directory import read_json
+from ckptavg.errors import OutputError, UsageError
+from ckptavg.tensors import FileStamp
+
+PROVENANCE_NAME = "ckptavg.json"
+_SPARE_BYTES = 64 * 2**20  # side files, directory entries
+# what a bare model directory may hold, beside what the provenance lists
+_MODEL_FILE = re.compile(
+    r"ckptavg\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"|(generation_|preprocessor_|processor_)?config\.json|tokenizer(_config)?\.json"
+    r"|tokenizer\.model|special_tokens_map\.json|vocab\.(json|txt)|merges\.txt|chat_template\.jinja"
+)
+
+
+def check_destination(
+    output: Path,
+    *,
+    overwrite: bool,
+    needed_bytes: int,
+    inputs: Sequence[FileStamp],
+    input_directories: Sequence[str],
+) -> None:
+    """Refuse an output that cannot or must not be written, before anything is read.
+
+    Args:
+        output: The directory to be made.
+        overwrite: Whether an existing model directory may be replaced.
+        needed_bytes: Size of the output.
+        inputs: The files that will be read.
+        input_directories: The model directories among the sources.
+
+    Raises:
+        UsageError: If the output is, lies inside, or contains an input.
+        OutputError: If it exists and may not be replaced, or there is not enough room.
+    """
+    where = Path(os.path.realpath(output))
+    for directory in input_directories:
+        inside = Path(os.path.realpath(directory))
+        if where == inside or inside in where.parents:
+            relation = "is" if where == inside else "lies inside"
+            raise UsageError(f"{output}: {relation} the input {directory}; choose another output")
+    for stamp in inputs:
+        for file in (Path(os.path.realpath(stamp.path)), Path(os.path.abspath(stamp.path))):
+            if where == file or where in file.parents:
+                raise UsageError(f"{output}: holds the input {stamp.path}; choose another output")
+    if os.path.lexists(output):
+        if not overwrite:
+            raise OutputError(f"{output}: already exists; pass --overwrite to replace it")
+        check_replaceable(output)
+    parent = _existing_parent(where)
+    if not parent.is_dir():
+        raise OutputError(f"{output}: {parent} is not a directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{output}: {parent} is not writable")
+    free_bytes = shutil.disk_usage(parent).free
+    if needed_bytes + _SPARE_BYTES > free_bytes:
+        raise OutputError(
+            f"{output}: needs {needed_bytes} bytes, but only {free_bytes} are free in {parent}"
+        )
+
+
+def check_replaceable(output: Path) -> None:
+    """Allow replacing what ckptavg wrote, a bare model, or nothing; never anything else."""
+    if not output.is_dir():
+        raise OutputError(f"{output}: is not a directory; --overwrite replaces model directories")
+    names = sorted(entry.name for entry in output.iterdir())
+    ours = _written_names(output)
+    foreign = [name for name in names if name not in ours and not _MODEL_FILE.fullmatch(name)]
+    if foreign:
+        raise OutputError(
+            f"{output}: also holds '{foreign[0]}'; --overwrite replaces nothing but a model "
+            "directory: remove it yourself, or choose another output"
+        )
+
+
+def _written_names(output: Path) -> set[str]:
+    """Return what the provenance in a directory says that ckptavg wrote there."""
+    told = read_json(output / PROVENANCE_NAME, str(output / PROVENANCE_NAME))
+    made = told.get("output") if told else None
+    side_files = made.get("side_files") if isinstance(made, dict) else None
+    if not isinstance(side_files, list):
+        return set()
+    return {PurePath(name).parts[0] for name in side_files if isinstance(name, str) and name}
+
+
+def _existing_parent(path: Path) -> Path:
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent
