@@ -7,8 +7,9 @@ for reasons that no header tells: a read error, a non-finite value, a full disk.
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from itertools import groupby
 
 from ckptavg.checkpoint import Checkpoint
@@ -120,8 +121,6 @@ class AveragePlan:
         metadata: String map for the output's weight files: tied names that were declared.
         take_from: Index of the checkpoint that gives tensors with the action TAKE.
         notes: What a user should know about the decisions, one sentence each.
-        total_nbytes: Bytes of all tensors in the output.
-        read_nbytes: Bytes that will be read from all checkpoints together.
     """
 
     recipe: Recipe
@@ -135,22 +134,18 @@ class AveragePlan:
     metadata: Mapping[str, str]
     take_from: int
     notes: tuple[str, ...]
-    total_nbytes: int = field(init=False)
-    read_nbytes: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        stored = [tensor for tensor in self.tensors if tensor.action is not Action.ALIAS]
-        read_once = {
-            action: sum(tensor.info.nbytes for tensor in stored if tensor.action is action)
-            for action in Action
-        }
-        object.__setattr__(self, "total_nbytes", sum(tensor.nbytes for tensor in self.tensors))
-        object.__setattr__(
-            self,
-            "read_nbytes",
-            read_once[Action.AVERAGE] * len(self.used_checkpoints)
-            + read_once[Action.TAKE] * len(self.labels),
-        )
+    @cached_property
+    def total_nbytes(self) -> int:
+        """Bytes of all tensors in the output."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @cached_property
+    def read_nbytes(self) -> int:
+        """Bytes that will be read from all checkpoints together; tied tensors once."""
+        averaged = sum(tensor.info.nbytes for tensor in self.with_action(Action.AVERAGE))
+        taken = sum(tensor.info.nbytes for tensor in self.with_action(Action.TAKE))
+        return averaged * len(self.used_checkpoints) + taken * self.n_checkpoints
 
     @property
     def n_checkpoints(self) -> int:
@@ -163,7 +158,7 @@ class AveragePlan:
         what = (self.recipe, self.rows, self.files, self.tensors, self.shards, self.metadata)
         return hashlib.sha256(repr(what).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
-    @property
+    @cached_property
     def used_checkpoints(self) -> tuple[int, ...]:
         """Indices of the checkpoints whose coefficient is not 0 in every row."""
         return tuple(
@@ -184,7 +179,7 @@ class AveragePlan:
             tensor.name for tensor in self.tensors if _BATCHNORM_STATISTIC.search(tensor.name)
         )
 
-    @property
+    @cached_property
     def arithmetic_dtypes(self) -> set[tuple[DType, DType]]:
         """The (input, output) dtypes of averaged chunks."""
         return {
