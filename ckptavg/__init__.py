@@ -21,13 +21,14 @@ if TYPE_CHECKING:
         MemoryBudgetError,
         ModelError,
         OutputError,
+        ProcessError,
         SourceError,
         UsageError,
     )
     from ckptavg.pipeline import average_checkpoints, inspect_checkpoint, recompute_bn
     from ckptavg.plan import AveragePlan, plan_average
-    from ckptavg.recipe import Recipe
-    from ckptavg.results import AverageResult, BnPass, CheckpointInfo
+    from ckptavg.recipe import Recipe, Scheme, parse_scheme
+    from ckptavg.results import AverageResult, BnPass, CheckpointInfo, OutputResult, StageTimes
 
 # where each public name lives; imported when it is first used (PEP 562)
 _HOME = {
@@ -46,12 +47,17 @@ _HOME = {
     "MemoryBudgetError": "errors",
     "ModelError": "errors",
     "OutputError": "errors",
+    "OutputResult": "results",
+    "ProcessError": "errors",
     "Recipe": "recipe",
+    "Scheme": "recipe",
     "SourceError": "errors",
+    "StageTimes": "results",
     "UsageError": "errors",
     "average_checkpoints": "pipeline",
     "inspect_checkpoint": "pipeline",
     "open_checkpoint": "checkpoint",
+    "parse_scheme": "recipe",
     "plan_average": "plan",
     "recompute_bn": "pipeline",
     "recompute_bn_stats": "batchnorm",
@@ -73,13 +79,18 @@ __all__ = [
     "MemoryBudgetError",
     "ModelError",
     "OutputError",
+    "OutputResult",
+    "ProcessError",
     "Recipe",
+    "Scheme",
     "SourceError",
+    "StageTimes",
     "UsageError",
     "__version__",
     "average_checkpoints",
     "inspect_checkpoint",
     "open_checkpoint",
+    "parse_scheme",
     "plan_average",
     "recompute_bn",
     "recompute_bn_stats",

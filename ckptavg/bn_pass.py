@@ -2,16 +2,16 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from torch import nn
 
 from ckptavg.batchnorm import BnReport, recompute_bn_stats
 from ckptavg.checkpoint import Checkpoint, open_checkpoint
-from ckptavg.errors import CkptavgError, ModelError
+from ckptavg.errors import CkptavgError, ModelError, UsageError
 from ckptavg.model import bn_buffer_bytes, check_names, load_weights
 from ckptavg.plan import AveragePlan
 from ckptavg.results import BnPass
-from ckptavg.writer import ModelWriter
 
 
 def build_model(batchnorm: BnPass, checkpoint: Checkpoint, device: str) -> nn.Module:
@@ -29,15 +29,34 @@ def build_model(batchnorm: BnPass, checkpoint: Checkpoint, device: str) -> nn.Mo
         return model.to(device)
 
 
+def check_repeatable(batchnorm: BnPass, n_outputs: int) -> None:
+    """Refuse data that can be gone through only once, where several models need it.
+
+    Raises:
+        UsageError: If so.
+    """
+    batches = batchnorm.batches
+    if n_outputs > 1 and not callable(batches) and iter(batches) is batches:
+        raise UsageError(
+            f"the data is a {type(batches).__name__}, which can be gone through only once, and "
+            f"there are {n_outputs} averages: give a function that returns it"
+        )
+
+
 def recompute_written(
     model: nn.Module,
     batchnorm: BnPass,
     plan: AveragePlan,
-    writer: ModelWriter,
+    written: Path,
+    label: str,
     progress: Callable[[int], None],
-) -> BnReport:
-    """Load what was just written, run the pass, and put the statistics into the written files."""
-    averaged = open_checkpoint(writer.partial, label=str(writer.output))
+) -> tuple[BnReport, list[tuple[str, bytes]]]:
+    """Load an average that was just written into the model, and run the pass.
+
+    Returns:
+        The report, and the names and bytes of the statistics to put into the written files.
+    """
+    averaged = open_checkpoint(written, label=label)
     try:
         with _user_code("loading the average into the model"):
             load_weights(model, averaged)
@@ -57,9 +76,7 @@ def recompute_written(
             progress=progress,
         )
     dtypes = {tensor.name: tensor.output_dtype.name for tensor in plan.tensors}
-    for name, data in bn_buffer_bytes(model, report, dtypes):
-        writer.patch(name, data)
-    return report
+    return report, list(bn_buffer_bytes(model, report, dtypes))
 
 
 def _refuse_other_than_batches(batches: object) -> None:

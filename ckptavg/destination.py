@@ -1,5 +1,6 @@
 """Where an output may go: not over anything else, not into an input, not onto a full disk."""
 
+import glob
 import os
 import re
 import shutil
@@ -60,7 +61,7 @@ def check_destination(
         raise OutputError(f"{output}: {parent} is not a directory")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{output}: {parent} is not writable")
-    free_bytes = shutil.disk_usage(parent).free
+    free_bytes = shutil.disk_usage(parent).free + _left_by_earlier_runs(where)
     if needed_bytes + _SPARE_BYTES > free_bytes:
         raise OutputError(
             f"{output}: needs {needed_bytes} bytes, but only {free_bytes} are free in {parent}"
@@ -72,6 +73,10 @@ def check_replaceable(output: Path) -> None:
     if not output.is_dir():
         raise OutputError(f"{output}: is not a directory; --overwrite replaces model directories")
     names = sorted(entry.name for entry in output.iterdir())
+    if names and all(_siblings(output / name) == names for name in names):
+        for name in names:  # several averages that were made at once
+            check_replaceable(output / name)
+        return
     ours = _written_names(output)
     foreign = [name for name in names if name not in ours and not _MODEL_FILE.fullmatch(name)]
     if foreign:
@@ -79,6 +84,26 @@ def check_replaceable(output: Path) -> None:
             f"{output}: also holds '{foreign[0]}'; --overwrite replaces nothing but a model "
             "directory: remove it yourself, or choose another output"
         )
+
+
+def _siblings(model: Path) -> object:
+    """Return the names of the directories that were made along with a model, itself included."""
+    if not model.is_dir():
+        return None
+    told = read_json(model / PROVENANCE_NAME, str(model / PROVENANCE_NAME))
+    made = told.get("output") if told else None
+    return made.get("siblings") if isinstance(made, dict) else None
+
+
+def _left_by_earlier_runs(output: Path) -> int:
+    """Return the bytes on the storage that interrupted runs hold: they are reused or removed."""
+    partials = output.parent.glob(f"{glob.escape(output.name)}.partial-*")
+    try:
+        return sum(
+            file.lstat().st_blocks * 512 for partial in partials for file in partial.rglob("*")
+        )
+    except OSError:  # one of them ends at this moment
+        return 0
 
 
 def _written_names(output: Path) -> set[str]:

@@ -8,6 +8,7 @@ The tree::
     ├── CheckpointError               one checkpoint is broken, unsupported, or changed while read
     ├── IncompatibleCheckpointsError  each checkpoint is fine, but they cannot be averaged together
     ├── MemoryBudgetError             the work does not fit the memory it may use
+    ├── ProcessError                  another process of the same run failed or ended
     ├── OutputError                   the output cannot be written; nothing was published
     ├── AfterPublishError             the output was published, a later step failed (exit code 3)
     ├── ModelError                    the user's model or data could not be built or loaded
@@ -70,6 +71,10 @@ class IncompatibleCheckpointsError(CkptavgError):
 
 class MemoryBudgetError(CkptavgError):
     """The work does not fit into the memory that it may use."""
+
+
+class ProcessError(CkptavgError):
+    """Another of the processes that share a run failed or ended; nothing was published."""
 
 
 class OutputError(CkptavgError):

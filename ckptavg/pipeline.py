@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from ckptavg._version import __version__
 from ckptavg.average import (
     DEFAULT_MEMORY_BUDGET_BYTES,
+    Job,
+    Timings,
     Workspace,
     average,
     choose_device,
@@ -24,32 +26,47 @@ from ckptavg.average import (
 from ckptavg.checkpoint import Checkpoint, normalise_names, open_checkpoint
 from ckptavg.checkpoint.directory import read_json
 from ckptavg.destination import PROVENANCE_NAME, check_destination
-from ckptavg.errors import UsageError
+from ckptavg.errors import ProcessError, UsageError
 from ckptavg.memory import peak_device_bytes, peak_host_bytes
+from ckptavg.output import OutputDirectory
 from ckptavg.plan import DEFAULT_MAX_SHARD_BYTES, AveragePlan, plan_average
+from ckptavg.processes import Processes, joined_processes
 from ckptavg.provenance import provenance, weight_file_metadata
-from ckptavg.recipe import Accumulate, Buffers, OutputDType, Recipe
-from ckptavg.results import AverageResult, BnPass, CheckpointInfo, Progress, Source
+from ckptavg.recipe import Accumulate, Buffers, OutputDType, Recipe, Scheme, parse_scheme
+from ckptavg.results import (
+    AverageResult,
+    BnPass,
+    CheckpointInfo,
+    OutputResult,
+    Progress,
+    Source,
+    StageTimes,
+)
 from ckptavg.side_files import SideFile, copy_side_files, find_side_files
 from ckptavg.sources import close_all, expand_sources, open_sources, order_by_position
-from ckptavg.writer import ModelWriter
 
 if TYPE_CHECKING:
     from ckptavg.batchnorm import BnReport
 
-    RunBnPass = Callable[[AveragePlan, ModelWriter, Callable[[int], None]], BnReport]
+    # directory of an average, what messages call it, progress -> report, statistics
+    RunBnPass = Callable[
+        [Path, str, Callable[[int], None]], tuple[BnReport, list[tuple[str, bytes]]]
+    ]
 
 _FEW_SAMPLES_A_BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """Everything decided, nothing read: what ``--dry-run`` shows."""
+    """Everything decided, nothing read: what ``--dry-run`` shows.
+
+    ``side_files`` has a list for each output of the plan.
+    """
 
     checkpoints: Sequence[Checkpoint]
     plan: AveragePlan
     workspace: Workspace
-    side_files: Sequence[SideFile]
+    side_files: Sequence[Sequence[SideFile]]
     run_bn_pass: RunBnPass | None
     notes: tuple[str, ...]
 
@@ -58,6 +75,7 @@ def average_checkpoints(
     sources: Source | Sequence[Source],
     output: Source,
     *,
+    schemes: str | Scheme | Sequence[str | Scheme] = (),
     coefficients: Sequence[float] | None = None,
     accumulate: Accumulate = "auto",
     dtype: OutputDType = "same",
@@ -72,18 +90,24 @@ def average_checkpoints(
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     overwrite: bool = False,
     include_code: bool = True,
+    distributed: bool = False,
     progress: Progress | None = None,
 ) -> AverageResult:
-    """Average saved checkpoints into one safetensors model directory.
+    """Average saved checkpoints into one safetensors model directory, or several at once.
 
     With ``batchnorm``, the averaged model's BatchNorm statistics are recomputed before anything is
-    published. The output appears complete or not at all.
+    published. The output appears complete or not at all. A run that was interrupted (not one that
+    failed) is continued when it is called again with the same inputs and options.
 
     Args:
         sources: Checkpoint files and directories, globs, ``{a..b..step}`` and ``{a,b}`` patterns.
             They are ordered by training step (or epoch) where all tell theirs, else as given.
-        output: The model directory to make.
-        coefficients: One a checkpoint, in the order of the sources; None is the uniform mean.
+        output: The model directory to make; with several schemes the directory of one model
+            directory each.
+        schemes: What to average, such as ``uniform:last=5``; see ``parse_scheme`` and ``Scheme``.
+            One pass over the checkpoints makes all averages. None given is the uniform mean.
+        coefficients: Short for one scheme: one multiplier a checkpoint, in the order of the
+            sources.
         accumulate: dtype of the sums; see ``Recipe``.
         dtype: dtype of averaged tensors in the output; ``same`` keeps the inputs'.
         buffers: Which checkpoint gives integer and bool tensors that differ.
@@ -92,11 +116,13 @@ def average_checkpoints(
         strip_prefixes: Prefixes to remove from tensor names.
         batchnorm: Model and data for the BatchNorm pass.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
-        memory_budget_bytes: Upper bound for the buffers in host memory.
+        memory_budget_bytes: Upper bound for the buffers in host memory, of each process.
         n_threads: Threads that read; None chooses by the machine.
         max_shard_bytes: Upper bound for an output file, unless one tensor is larger.
-        overwrite: Replace an existing model directory, in one step at the end.
+        overwrite: Replace an existing output, in one step at the end.
         include_code: Copy ``*.py`` files of the model directory; they are never run.
+        distributed: Share the work with the other processes that torchrun started; all of them
+            call this with the same arguments, and see the same file system.
         progress: Called as work gets done: stage (``average`` in bytes, ``batchnorm`` in samples),
             amount since the last call, total if known.
 
@@ -107,73 +133,91 @@ def average_checkpoints(
     started = time.perf_counter()
     output = Path(output)
     recipe = Recipe(
-        coefficients=None if coefficients is None else tuple(coefficients),
+        schemes=chosen_schemes(schemes, coefficients),
         accumulate=accumulate,
         dtype=dtype,
         buffers=buffers,
         allow_nonfinite=allow_nonfinite,
     )
-    with prepared_average(
-        sources,
-        output,
-        recipe,
-        state_key=state_key,
-        strip_prefixes=strip_prefixes,
-        device=device,
-        memory_budget_bytes=memory_budget_bytes,
-        n_threads=n_threads,
-        max_shard_bytes=max_shard_bytes,
-        overwrite=overwrite,
-        include_code=include_code,
-        batchnorm=batchnorm,
-    ) as prepared:
-        checkpoints, plan, workspace = prepared.checkpoints, prepared.plan, prepared.workspace
-        metadata = weight_file_metadata(plan, __version__)
-        with ModelWriter(output, plan, metadata=metadata, overwrite=overwrite) as writer:
-            averaging = time.perf_counter()
-            outcome = average(
-                plan, checkpoints, [writer], workspace,
-                progress=_stage(progress, "average", plan.read_nbytes),
-            )  # fmt: skip
-            for checkpoint in checkpoints:
-                checkpoint.check_unchanged()
-            average_seconds = time.perf_counter() - averaging
-            copy_side_files(prepared.side_files, writer, output_dtype=plan.changed_dtype)
-            report = None
-            if batchnorm is not None and prepared.run_bn_pass is not None:
-                report = prepared.run_bn_pass(
-                    plan, writer, _stage(progress, "batchnorm", batchnorm.max_samples)
-                )
-            notes = (*plan.notes, *prepared.notes, *_report_notes(report))
-            writer.add_file(
-                PROVENANCE_NAME,
-                provenance(
-                    plan,
-                    version=__version__,
-                    device=workspace.device,
-                    differing=outcome.differing,
-                    notes=notes,
-                    side_files=[file.name for file in prepared.side_files],
-                    derived_from=[_earlier_provenance(one) for one in checkpoints],
-                    batchnorm=None if report is None else asdict(report),
-                ),
-            )
-            writer.publish()
+    with joined_processes(distributed=distributed) as processes, ExitStack() as stack:
+        prepared = _prepare_together(
+            processes, stack, sources, output, recipe,
+            state_key=state_key,
+            strip_prefixes=strip_prefixes,
+            device=device,
+            memory_budget_bytes=memory_budget_bytes,
+            n_threads=n_threads,
+            max_shard_bytes=max_shard_bytes,
+            overwrite=overwrite,
+            include_code=include_code,
+            batchnorm=batchnorm,
+        )  # fmt: skip
+        plan, workspace = prepared.plan, prepared.workspace
+        directory = OutputDirectory(
+            output,
+            plan,
+            metadata=[weight_file_metadata(plan, one, __version__) for one in plan.outputs],
+            overwrite=overwrite,
+            rank=processes.rank,
+        )
+        before = _enter_together(processes, stack, directory)
+        averaging = time.perf_counter()
+        averaged = _average_together(processes, prepared, directory, before, progress)
+        average_seconds = time.perf_counter() - averaging
+        reports = _recompute_bn(prepared, directory, batchnorm, progress)
+        notes = (
+            *plan.notes, *prepared.notes, *directory.notes,
+            *(note for report in reports for note in _report_notes(report)),
+        )  # fmt: skip
+        publishing = time.perf_counter()
+        processes.first(
+            lambda: _finish(prepared, directory, averaged.differing, list(notes), reports)
+        )
+        publish_seconds = time.perf_counter() - publishing
     return AverageResult(
         output=output,
+        outputs=tuple(
+            OutputResult(
+                path=output / one.name,
+                scheme=str(one.scheme),
+                coefficients=one.row.coefficients,
+                differing=tuple(averaged.differing[index]),
+                taken_from=plan.labels[one.take_from],
+                batchnorm=reports[index],
+            )
+            for index, one in enumerate(plan.outputs)
+        ),
         n_checkpoints=plan.n_checkpoints,
+        n_processes=processes.size,
         device=workspace.device,
         read_nbytes=plan.read_nbytes,
-        written_nbytes=plan.total_nbytes,
+        written_nbytes=plan.write_nbytes,
+        resumed_nbytes=plan.read_nbytes_of(before),
         seconds=time.perf_counter() - started,
         average_seconds=average_seconds,
+        times=StageTimes(
+            read_seconds=averaged.timings.read_seconds,
+            arithmetic_seconds=averaged.timings.arithmetic_seconds,
+            write_seconds=averaged.timings.write_seconds,
+            publish_seconds=publish_seconds,
+        ),
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_bytes(workspace.device),
-        differing=tuple(outcome.differing),
-        taken_from=plan.labels[plan.take_from],
         notes=notes,
-        batchnorm=report,
     )
+
+
+def chosen_schemes(
+    schemes: str | Scheme | Sequence[str | Scheme], coefficients: Sequence[float] | None
+) -> tuple[Scheme, ...]:
+    """Return the schemes that the arguments ask for, the uniform mean if none."""
+    given = [schemes] if isinstance(schemes, (str, Scheme)) else list(schemes)
+    if coefficients is not None:
+        if given:
+            raise UsageError("coefficients are a scheme of their own: pass coefficients or schemes")
+        given = [Scheme(name="coefficients", coefficients=tuple(coefficients))]
+    parsed = [one if isinstance(one, Scheme) else parse_scheme(one) for one in given]
+    return tuple(parsed) or (Scheme(),)
 
 
 @contextmanager
@@ -191,11 +235,13 @@ def prepared_average(
     overwrite: bool = False,
     include_code: bool = True,
     batchnorm: BnPass | None = None,
+    processes: Processes | None = None,
 ) -> Iterator[Prepared]:
     """Open the sources, decide everything from headers, and close them at the end.
 
     Args as in ``average_checkpoints``; explicit coefficients follow the order of the sources.
     """
+    processes = processes or Processes()
     for name, value in (
         ("n_threads", n_threads),
         ("memory_budget_bytes", memory_budget_bytes),
@@ -217,26 +263,36 @@ def prepared_average(
         )
         workspace = size_workspace(
             plan,
-            choose_device(device, read_nbytes=plan.read_nbytes, runs_model=batchnorm is not None),
+            choose_device(
+                device,
+                read_nbytes=plan.read_nbytes // processes.size,
+                runs_model=batchnorm is not None,
+                local_rank=processes.local_rank,
+            ),
             memory_budget_bytes=memory_budget_bytes,
             n_threads=n_threads,
+            local_size=processes.local_size,
         )
         check_destination(
             Path(output),
             overwrite=overwrite,
-            needed_bytes=plan.total_nbytes,
+            needed_bytes=plan.write_nbytes,
             inputs=[file for files in plan.files for file in files],
             input_directories=[one.directory for one in checkpoints if one.directory],
         )
-        side_files, side_notes = find_side_files(
-            checkpoints[-1].directory, include_code=include_code
-        )
+        side_files, side_notes = [], dict[str, None]()
+        for one in plan.outputs:
+            files, found_notes = find_side_files(
+                checkpoints[one.row.used[-1]].directory, include_code=include_code
+            )
+            side_files.append(files)
+            side_notes.update(dict.fromkeys(found_notes))
         yield Prepared(
             checkpoints=checkpoints,
             plan=plan,
             workspace=workspace,
             side_files=side_files,
-            run_bn_pass=_bn_pass(batchnorm, checkpoints[-1], workspace.device),
+            run_bn_pass=_bn_pass(batchnorm, checkpoints[-1], plan, workspace.device),
             notes=(*side_notes, *_batchnorm_due(plan, batchnorm)),
         )
     finally:
@@ -329,14 +385,175 @@ def inspect_checkpoint(source: Source, *, state_key: str | None = None) -> Check
         checkpoint.close()
 
 
-def _bn_pass(batchnorm: BnPass | None, checkpoint: Checkpoint, device: str) -> RunBnPass | None:
-    """Build the user's model; return what will run the BatchNorm pass on the written average."""
+@dataclass(frozen=True, kw_only=True)
+class _Averaged:
+    """What all processes together found and took."""
+
+    differing: list[list[str]]  # for each output, in its order
+    timings: Timings
+
+
+def _prepare_together(
+    processes: Processes,
+    stack: ExitStack,
+    sources: Source | Sequence[Source],
+    output: Path,
+    recipe: Recipe,
+    **options: Any,
+) -> Prepared:
+    """Make the plan in every process, and see that it is the same in all."""
+    if processes.size > 1 and options["batchnorm"] is not None:
+        raise UsageError(
+            "the BatchNorm pass runs in one process: average without a model first, then run "
+            "ckptavg recompute-bn on the output"
+        )
+    prepared: list[Prepared] = []
+
+    def prepare() -> str:
+        entered = prepared_average(sources, output, recipe, processes=processes, **options)
+        prepared.append(stack.enter_context(entered))
+        return prepared[0].plan.fingerprint
+
+    if len(set(processes.together(prepare))) > 1:
+        raise ProcessError(
+            "the processes see different checkpoints or options: all must see the same files"
+        )
+    return prepared[0]
+
+
+def _enter_together(
+    processes: Processes, stack: ExitStack, directory: OutputDirectory
+) -> list[int]:
+    """Make the output directory, then enter it everywhere; return the blocks done before."""
+
+    def enter(rank_is_due: bool) -> list[int]:
+        if rank_is_due:
+            stack.enter_context(directory)
+        return list(directory.finished)
+
+    before = processes.together(lambda: enter(processes.rank == 0))[0]
+    processes.together(lambda: enter(processes.rank != 0))
+    return before
+
+
+def _average_together(
+    processes: Processes,
+    prepared: Prepared,
+    directory: OutputDirectory,
+    before: Sequence[int],
+    progress: Progress | None,
+) -> _Averaged:
+    """Average what is left to do, each process its share; see that nothing changed meanwhile."""
+    plan = prepared.plan
+    blocks = processes.share(sorted(set(range(len(plan.blocks))) - set(before)))
+    report = _stage(progress, "average", plan.read_nbytes_of(blocks))
+
+    def advance(done: int) -> None:
+        report(done)
+        processes.look_out()
+
+    def work() -> list[Any]:
+        timings = average(
+            Job(
+                plan=plan,
+                checkpoints=prepared.checkpoints,
+                sinks=directory.models,
+                blocks=blocks,
+                finished=directory.finish_block,
+                progress=advance,
+            ),
+            prepared.workspace,
+        )
+        for checkpoint in prepared.checkpoints:
+            checkpoint.check_unchanged()
+        if processes.size > 1:  # what another host wrote must be there before it is published
+            for model in directory.models:
+                model.sync()
+        found = sorted(set().union(*directory.finished.values()))
+        return [found, [timings.read_seconds, timings.arithmetic_seconds, timings.write_seconds]]
+
+    timings, found = Timings(), set[tuple[int, str]]()
+    for differing, seconds in processes.together(work):
+        timings.add(Timings(*seconds), share=1 / processes.size)
+        found.update((row, name) for row, name in differing)
+    return _Averaged(
+        differing=[
+            [tensor.name for tensor in plan.tensors if (row, tensor.name) in found]
+            for row in range(len(plan.outputs))
+        ],
+        timings=timings,
+    )
+
+
+def _bn_pass(
+    batchnorm: BnPass | None, checkpoint: Checkpoint, plan: AveragePlan, device: str
+) -> RunBnPass | None:
+    """Build the user's model; return what will run the BatchNorm pass on a written average."""
     if batchnorm is None:
         return None
     # imported here: importing torch takes longer than averaging most models
-    from ckptavg.bn_pass import build_model, recompute_written
+    from ckptavg.bn_pass import build_model, check_repeatable, recompute_written
 
-    return partial(recompute_written, build_model(batchnorm, checkpoint, device), batchnorm)
+    check_repeatable(batchnorm, len(plan.outputs))
+    return partial(recompute_written, build_model(batchnorm, checkpoint, device), batchnorm, plan)
+
+
+def _recompute_bn(
+    prepared: Prepared,
+    directory: OutputDirectory,
+    batchnorm: BnPass | None,
+    progress: Progress | None,
+) -> list[BnReport | None]:
+    """Run the BatchNorm pass on every output, then put the statistics into the written files."""
+    if batchnorm is None or prepared.run_bn_pass is None:
+        return [None] * len(directory.models)
+    reports: list[BnReport | None] = []
+    patches = []
+    for model in directory.models:
+        model.add_index()
+        report, statistics = prepared.run_bn_pass(
+            model.directory,
+            str(directory.output),
+            _stage(progress, "batchnorm", batchnorm.max_samples),
+        )
+        reports.append(report)
+        patches.append((model, statistics))
+    directory.end_journal()
+    for model, statistics in patches:
+        for name, data in statistics:
+            model.patch(name, data)
+    return reports
+
+
+def _finish(
+    prepared: Prepared,
+    directory: OutputDirectory,
+    differing: Sequence[Sequence[str]],
+    notes: Sequence[str],
+    reports: Sequence[BnReport | None],
+) -> None:
+    """Add what belongs beside the weights, and publish."""
+    plan = prepared.plan
+    derived_from = [_earlier_provenance(one) for one in prepared.checkpoints]
+    for index, (one, model) in enumerate(zip(plan.outputs, directory.models, strict=True)):
+        report, files = reports[index], prepared.side_files[index]
+        model.add_index()
+        copy_side_files(files, model, output_dtype=plan.changed_dtype)
+        model.add_file(
+            PROVENANCE_NAME,
+            provenance(
+                plan,
+                one,
+                version=__version__,
+                device=prepared.workspace.device,
+                differing=differing[index],
+                notes=notes,
+                side_files=[file.name for file in files],
+                derived_from=derived_from,
+                batchnorm=None if report is None else asdict(report),
+            ),
+        )
+    directory.publish()
 
 
 def _earlier_provenance(checkpoint: Checkpoint) -> dict[str, Any] | None:

@@ -6,16 +6,18 @@ for reasons that no header tells: a read error, a non-finite value, a full disk.
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 from itertools import groupby
 
+from ckptavg._version import __version__
 from ckptavg.checkpoint import Checkpoint
+from ckptavg.compatibility import refuse_differences, refuse_unaveragable, tied_names
 from ckptavg.errors import IncompatibleCheckpointsError
 from ckptavg.hub import split_into_shards
-from ckptavg.recipe import CoefficientRow, Recipe, coefficient_row
+from ckptavg.recipe import CoefficientRow, Recipe, Scheme, coefficient_row, output_names
 from ckptavg.tensors import (
     DTYPE_BY_NAME,
     FLOAT32,
@@ -26,15 +28,13 @@ from ckptavg.tensors import (
 )
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
+BLOCK_NBYTES = 16 * 2**20
 TAKE_CHUNK_NBYTES = 2**20
-_MAX_DIFFERENCES_SHOWN = 5
 
-# integer weights of GPTQ, AWQ, bitsandbytes, compressed-tensors and HQQ, and what goes with them
-_QUANTISED_WEIGHT = re.compile(r"(^|[._])(weight|qweight|qzeros|weight_packed|W_q|packed_weight)$")
-_QUANTISATION_STATE = re.compile(r"\.(quant_state\.\S+|absmax|quant_map|SCB)$")
+Differing = set[tuple[int, str]]  # output index, name of a copied tensor that differed for it
+
 _LORA_FACTOR = re.compile(r"\.lora_(A|B|embedding_A|embedding_B)\b")
 _BATCHNORM_STATISTIC = re.compile(r"(^|\.)running_(mean|var)$")
-_HINT_PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 class Action(Enum):
@@ -83,10 +83,28 @@ class ShardPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class OutputPlan:
+    """One of the averages that are made from one pass over the checkpoints.
+
+    Attributes:
+        name: Its directory inside the output; empty where it is the only one: the output itself.
+        scheme: What was asked for.
+        row: The coefficients.
+        take_from: Index of the checkpoint that gives tensors with the action TAKE.
+    """
+
+    name: str
+    scheme: Scheme
+    row: CoefficientRow
+    take_from: int
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """A run of consecutive output elements, small enough to be worked on at once.
 
     Attributes:
+        block: Number of the block of the plan that it is, or is a part of.
         pieces: The input bytes, the same in every checkpoint.
         numel: Number of elements; a complex number counts as two.
         dtype: dtype of the input elements; complex64 is worked on as pairs of float32.
@@ -95,6 +113,7 @@ class Chunk:
         destinations: (shard index, first byte in its data) of every place the result goes to.
     """
 
+    block: int
     pieces: tuple[Piece, ...]
     numel: int
     dtype: DType
@@ -107,6 +126,28 @@ class Chunk:
         """Bytes read from each checkpoint."""
         return self.numel * self.dtype.itemsize
 
+    def cut(self, max_nbytes: int) -> Iterator["Chunk"]:
+        """Cut into chunks of at most so many input bytes from one checkpoint, in order.
+
+        Each but the last has an even number of elements, so that pairs of 16-bit values are never
+        split.
+        """
+        max_numel = max(max_nbytes // (2 * self.dtype.itemsize), 1) * 2
+        if self.numel <= max_numel:
+            yield self
+            return
+        runs = _cut_pieces(self.pieces, max_numel * self.dtype.itemsize)
+        for first, pieces in zip(range(0, self.numel, max_numel), runs, strict=True):
+            yield replace(
+                self,
+                pieces=pieces,
+                numel=min(max_numel, self.numel - first),
+                destinations=tuple(
+                    (shard, offset + first * self.output_dtype.itemsize)
+                    for shard, offset in self.destinations
+                ),
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class AveragePlan:
@@ -114,17 +155,17 @@ class AveragePlan:
 
     Attributes:
         recipe: What was asked for.
-        rows: One row of coefficients an output.
+        outputs: The averages to make.
         labels, steps, epochs, files: The checkpoints, oldest first.
         tensors: The output's tensors, in the order of the output.
         shards: The output's weight files.
         metadata: String map for the output's weight files: tied names that were declared.
-        take_from: Index of the checkpoint that gives tensors with the action TAKE.
+        read_scratch_nbytes: What reading may hold beside the caller's buffer, for each thread.
         notes: What a user should know about the decisions, one sentence each.
     """
 
     recipe: Recipe
-    rows: tuple[CoefficientRow, ...]
+    outputs: tuple[OutputPlan, ...]
     labels: tuple[str, ...]
     steps: tuple[int | None, ...]
     epochs: tuple[int | None, ...]
@@ -132,20 +173,32 @@ class AveragePlan:
     tensors: tuple[TensorPlan, ...]
     shards: tuple[ShardPlan, ...]
     metadata: Mapping[str, str]
-    take_from: int
+    read_scratch_nbytes: int
     notes: tuple[str, ...]
+
+    @property
+    def rows(self) -> tuple[CoefficientRow, ...]:
+        """The coefficients of every output."""
+        return tuple(output.row for output in self.outputs)
 
     @cached_property
     def total_nbytes(self) -> int:
-        """Bytes of all tensors in the output."""
+        """Bytes of all tensors in one output."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def write_nbytes(self) -> int:
+        """Bytes of all tensors in all outputs."""
+        return self.total_nbytes * len(self.outputs)
 
     @cached_property
     def read_nbytes(self) -> int:
         """Bytes that will be read from all checkpoints together; tied tensors once."""
-        averaged = sum(tensor.info.nbytes for tensor in self.with_action(Action.AVERAGE))
-        taken = sum(tensor.info.nbytes for tensor in self.with_action(Action.TAKE))
-        return averaged * len(self.used_checkpoints) + taken * self.n_checkpoints
+        return self.read_nbytes_of(range(len(self.blocks)))
+
+    def read_nbytes_of(self, blocks: Iterable[int]) -> int:
+        """Bytes that some blocks read from all checkpoints together."""
+        return sum(self.blocks[block].nbytes for block in blocks) * len(self.used_checkpoints)
 
     @property
     def n_checkpoints(self) -> int:
@@ -154,18 +207,21 @@ class AveragePlan:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits that change with the inputs, the recipe or the output."""
-        what = (self.recipe, self.rows, self.files, self.tensors, self.shards, self.metadata)
+        """Sixteen hexadecimal digits that change with the inputs, the recipe or the output.
+
+        They do not depend on the device, the memory or the number of processes, nor on the number
+        that a host gives a shared file system.
+        """
+        files = [[stamp._replace(device=0) for stamp in stamps] for stamps in self.files]
+        what = (
+            __version__, self.recipe, self.outputs, files, self.tensors, self.shards, self.metadata,
+        )  # fmt: skip
         return hashlib.sha256(repr(what).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     @cached_property
     def used_checkpoints(self) -> tuple[int, ...]:
-        """Indices of the checkpoints whose coefficient is not 0 in every row."""
-        return tuple(
-            index
-            for index in range(len(self.labels))
-            if any(row.multipliers[index] != 0 for row in self.rows)
-        )
+        """Indices of the checkpoints that go into an output, oldest first."""
+        return tuple(sorted({index for row in self.rows for index in row.used}))
 
     @property
     def changed_dtype(self) -> DType | None:
@@ -193,15 +249,13 @@ class AveragePlan:
         """Return the tensors with one action."""
         return tuple(tensor for tensor in self.tensors if tensor.action is action)
 
-    def chunks(self, max_nbytes: int) -> Iterator[Chunk]:
-        """Cut the work into chunks, in the order of the output.
+    @cached_property
+    def blocks(self) -> tuple[Chunk, ...]:
+        """The work, cut into parts of at most ``BLOCK_NBYTES``, in the order of the output.
 
-        Neighbours in the output with the same dtypes and action share chunks, so thousands of
-        small tensors cost no more than one large one.
-
-        Args:
-            max_nbytes: Upper bound for the input bytes of a chunk from one checkpoint.
-                Chunks to be copied are never larger than ``TAKE_CHUNK_NBYTES``.
+        What is finished is noted by block, and processes share the work by blocks, so the cut
+        depends on nothing but the plan. Neighbours in the output with the same dtypes and action
+        share blocks: thousands of small tensors cost no more than one large one.
         """
         copies: dict[str, list[TensorPlan]] = {}
         for tensor in self.with_action(Action.ALIAS):
@@ -217,12 +271,26 @@ class AveragePlan:
             alone = tensor.name if tensor.name in copies else None
             return tensor.shard, tensor.info.dtype, tensor.output_dtype, tensor.action, alone
 
+        blocks: list[Chunk] = []
         for _, tensors in groupby(stored, span_key):
-            span = list(tensors)
-            limit = (
-                min(max_nbytes, TAKE_CHUNK_NBYTES) if span[0].action is Action.TAKE else max_nbytes
+            blocks.extend(_cut_span(list(tensors), copies, len(blocks)))
+        return tuple(blocks)
+
+    def chunks(self, max_nbytes: int, blocks: Iterable[int] | None = None) -> Iterator[Chunk]:
+        """Cut blocks into chunks, in the order of the output.
+
+        Args:
+            max_nbytes: Upper bound for the input bytes of a chunk from one checkpoint. All
+                buffers that a copied chunk needs are never larger than ``TAKE_CHUNK_NBYTES``.
+            blocks: Numbers of the blocks; None cuts all.
+        """
+        n_kept = len({output.take_from for output in self.outputs})
+        for number in range(len(self.blocks)) if blocks is None else blocks:
+            block = self.blocks[number]
+            taken = block.action is Action.TAKE
+            yield from block.cut(
+                min(max_nbytes, TAKE_CHUNK_NBYTES // n_kept) if taken else max_nbytes
             )
-            yield from _cut(span, copies, limit)
 
 
 def plan_average(
@@ -249,17 +317,17 @@ def plan_average(
     """
     if not checkpoints:
         raise IncompatibleCheckpointsError("nothing to average: no checkpoints")
-    row = coefficient_row(recipe, len(checkpoints))
+    outputs = _outputs(recipe, len(checkpoints))
     reference = checkpoints[-1]
     for checkpoint in checkpoints:
-        _refuse_unaveragable(checkpoint)
+        refuse_unaveragable(checkpoint)
     for checkpoint in checkpoints[:-1]:
-        _refuse_differences(checkpoint, reference)
+        refuse_differences(checkpoint, reference)
 
     plan_notes = [*notes]
     for checkpoint in checkpoints:
         plan_notes.extend(f"{checkpoint.label}: {note}" for note in checkpoint.notes)
-    owners, tie_notes = _tied_names(checkpoints)
+    owners, tie_notes = tied_names(checkpoints)
     plan_notes.extend(tie_notes)
     n_factors = sum(map(bool, map(_LORA_FACTOR.search, reference.tensors)))
     if n_factors:
@@ -267,13 +335,14 @@ def plan_average(
             f"{n_factors} tensors are LoRA factors: the mean of the factors is only near the mean "
             "of their products, and only for checkpoints of one run"
         )
-    outputs = {name: _output_dtype(info, recipe) for name, info in reference.tensors.items()}
-    tensors, shards = _lay_out(reference.tensors, outputs, owners, max_shard_bytes)
-    used = [index for index, multiplier in enumerate(row.multipliers) if multiplier != 0]
-    take_from = used[0] if recipe.buffers == "first" else used[-1]
+    n_unused = len(checkpoints) - len({index for one in outputs for index in one.row.used})
+    if n_unused:
+        plan_notes.append(f"{n_unused} of the {len(checkpoints)} checkpoints go into no average")
+    dtypes = {name: _output_dtype(info, recipe) for name, info in reference.tensors.items()}
+    tensors, shards = _lay_out(reference.tensors, dtypes, owners, max_shard_bytes)
     return AveragePlan(
         recipe=recipe,
-        rows=(row,),
+        outputs=outputs,
         labels=tuple(checkpoint.label for checkpoint in checkpoints),
         steps=tuple(checkpoint.step for checkpoint in checkpoints),
         epochs=tuple(checkpoint.epoch for checkpoint in checkpoints),
@@ -285,158 +354,60 @@ def plan_average(
             for name, owner in reference.metadata.items()
             if reference.aliases.get(name) == owner
         },
-        take_from=take_from,
+        read_scratch_nbytes=max(checkpoint.read_scratch_nbytes for checkpoint in checkpoints),
         notes=tuple(dict.fromkeys(plan_notes)),
     )
 
 
-def _cut(
-    span: Sequence[TensorPlan], copies: Mapping[str, Sequence[TensorPlan]], max_nbytes: int
+def _cut_pieces(pieces: Iterable[Piece], nbytes: int) -> Iterator[tuple[Piece, ...]]:
+    """Cut pieces into runs of so many bytes; the last may have fewer."""
+    run: list[Piece] = []
+    room = nbytes
+    for name, start, stop in pieces:
+        while start < stop:
+            end = min(stop, start + room)
+            run.append(Piece(name, start, end))
+            room -= end - start
+            start = end
+            if room == 0:
+                yield tuple(run)
+                run, room = [], nbytes
+    if run:
+        yield tuple(run)
+
+
+def _outputs(recipe: Recipe, n_checkpoints: int) -> tuple[OutputPlan, ...]:
+    outputs = []
+    for name, scheme in zip(output_names(recipe.schemes), recipe.schemes, strict=True):
+        row = coefficient_row(scheme, n_checkpoints)
+        take_from = row.used[0 if recipe.buffers == "first" else -1]
+        outputs.append(OutputPlan(name, scheme, row, take_from))
+    return tuple(outputs)
+
+
+def _cut_span(
+    span: Sequence[TensorPlan], copies: Mapping[str, Sequence[TensorPlan]], first_block: int
 ) -> Iterator[Chunk]:
+    """Cut tensors that lie side by side in the output into blocks."""
     first = span[0]
-    info_dtype, scale = first.info.dtype, 1
-    output_dtype = first.output_dtype
-    if info_dtype.kind == "complex":  # real and imaginary parts are averaged alike
-        info_dtype, output_dtype, scale = FLOAT32, FLOAT32, 2
-    itemsize = info_dtype.itemsize
-    # an even number of elements, so that pairs of 16-bit values are never split
-    max_nbytes = max(max_nbytes // (2 * itemsize), 1) * 2 * itemsize
-    places = [(tensor.shard, tensor.offset) for tensor in (first, *copies.get(first.name, ()))]
-
-    pieces: list[Piece] = []
-    filled = done = 0  # input bytes of this chunk, elements in earlier chunks
-
-    def chunk() -> Chunk:
-        return Chunk(
-            tuple(pieces),
-            filled // itemsize,
-            info_dtype,
-            output_dtype,
-            first.action,
-            tuple((shard, offset + done * output_dtype.itemsize) for shard, offset in places),
-        )
-
-    for tensor in span:
-        start, total = 0, tensor.info.numel * scale * itemsize
-        while start < total:
-            stop = min(total, start + max_nbytes - filled)
-            pieces.append(Piece(tensor.name, start, stop))
-            filled += stop - start
-            start = stop
-            if filled == max_nbytes:
-                yield chunk()
-                done += filled // itemsize
-                pieces, filled = [], 0
-    if filled:
-        yield chunk()
-
-
-def _refuse_unaveragable(checkpoint: Checkpoint) -> None:
-    def refuse(what: str) -> IncompatibleCheckpointsError:
-        return IncompatibleCheckpointsError(f"{checkpoint.label}: {what}")
-
-    for name, info in checkpoint.tensors.items():
-        is_packed = info.dtype.kind == "integer" and (
-            _QUANTISED_WEIGHT.search(name) or _QUANTISATION_STATE.search(name)
-        )
-        if info.dtype.kind == "quantised" or is_packed or _QUANTISATION_STATE.search(name):
-            raise refuse(
-                f"tensor '{name}' of {info.dtype} is quantised; average the full-precision weights"
-            )
-        if name == "__metadata__":
-            raise refuse("a tensor is called '__metadata__', a name that safetensors reserves")
-        if info.dtype.code is None:
-            raise refuse(f"tensor '{name}' is {info.dtype}, which safetensors cannot store")
-    if not any(info.dtype.kind in ("float", "complex") for info in checkpoint.tensors.values()):
-        raise refuse("nothing to average: it holds no floating-point tensors")
-
-
-def _refuse_differences(checkpoint: Checkpoint, reference: Checkpoint) -> None:
-    """Compare names, shapes and dtypes; tied names may be stored in one and not in the other."""
-    mine, theirs = set(checkpoint.tensors), set(reference.tensors)
-    missing = [name for name in reference.tensors if name not in mine | checkpoint.aliases.keys()]
-    extra = [name for name in checkpoint.tensors if name not in theirs | reference.aliases.keys()]
-    differences = [
-        f"'{name}' is in {reference.label}, not in {checkpoint.label}" for name in missing
-    ]
-    differences += [
-        f"'{name}' is in {checkpoint.label}, not in {reference.label}" for name in extra
-    ]
-    hint = _prefix_hint(missing, extra)
-    for name, info in reference.tensors.items():
-        other = _info(checkpoint, name)
-        if other is None or other == info:
-            continue
-        if other.shape != info.shape:
-            differences.append(
-                f"'{name}' has shape {list(other.shape)} in {checkpoint.label}, "
-                f"{list(info.shape)} in {reference.label}"
-            )
-            hint = hint or "are they from the same run?"
-        else:
-            differences.append(
-                f"'{name}' is {other.dtype} in {checkpoint.label}, "
-                f"{info.dtype} in {reference.label}"
-            )
-            hint = hint or "average checkpoints of one dtype"
-    if differences:
-        shown = "; ".join(differences[:_MAX_DIFFERENCES_SHOWN])
-        more = len(differences) - _MAX_DIFFERENCES_SHOWN
-        rest = f"; and {more} more" if more > 0 else ""
-        ending = f" ({hint})" if hint else ""
-        raise IncompatibleCheckpointsError(f"the checkpoints differ: {shown}{rest}{ending}")
-
-
-def _prefix_hint(missing: Sequence[str], extra: Sequence[str]) -> str:
-    """Suggest the prefix that would make the names agree, if one would."""
-    for longer, shorter in ((missing, extra), (extra, missing)):
-        for name in longer[:1]:
-            parts = name.split(".")
-            tried = [".".join(parts[:count]) + "." for count in range(1, len(parts))]
-            for prefix in (*_HINT_PREFIXES, *tried):
-                if name.startswith(prefix) and name.removeprefix(prefix) in shorter:
-                    return f"pass --strip-prefix {prefix}"
-    return ""
-
-
-def _info(checkpoint: Checkpoint, name: str) -> TensorInfo | None:
-    return checkpoint.tensors.get(name) or checkpoint.tensors.get(checkpoint.aliases.get(name, ""))
-
-
-def _tied_names(checkpoints: Sequence[Checkpoint]) -> tuple[dict[str, str], list[str]]:
-    """Return tied name -> owner for the output, and notes on ties that are not the same everywhere.
-
-    A pair is tied if every checkpoint either stores one of the two, or says that they share
-    storage; then both get the same bytes.
-
-    Raises:
-        IncompatibleCheckpointsError: If a tensor that the last checkpoint does not store is a
-            tensor of its own in another.
-    """
-    reference = checkpoints[-1]
-    owners: dict[str, str] = {}
-    notes = []
-    for name, owner in reference.aliases.items():
-        apart = [
-            one for one in checkpoints if _storage_name(one, name) != _storage_name(one, owner)
-        ]
-        if name in reference.tensors and not apart:
-            owners[name] = owner
-        elif name in reference.tensors:
-            notes.append(
-                f"'{name}' is tied to '{owner}' in {reference.label}, but stored apart in "
-                f"{apart[0].label}: each is averaged by itself"
-            )
-        elif apart:
-            raise IncompatibleCheckpointsError(
-                f"'{name}' is stored apart in {apart[0].label}, but only as the tied '{owner}' in "
-                f"{reference.label}; average checkpoints that agree on it"
-            )
-    return owners, notes
-
-
-def _storage_name(checkpoint: Checkpoint, name: str) -> str:
-    return checkpoint.aliases.get(name, name)
+    dtype, output_dtype, scale = first.info.dtype, first.output_dtype, 1
+    if dtype.kind == "complex":  # real and imaginary parts are averaged alike
+        dtype, output_dtype, scale = FLOAT32, FLOAT32, 2
+    whole = Chunk(
+        block=first_block,
+        pieces=tuple(
+            Piece(tensor.name, 0, tensor.info.numel * scale * dtype.itemsize) for tensor in span
+        ),
+        numel=sum(tensor.info.numel for tensor in span) * scale,
+        dtype=dtype,
+        output_dtype=output_dtype,
+        action=first.action,
+        destinations=tuple(
+            (tensor.shard, tensor.offset) for tensor in (first, *copies.get(first.name, ()))
+        ),
+    )
+    for number, block in enumerate(whole.cut(BLOCK_NBYTES), start=first_block):
+        yield replace(block, block=number)
 
 
 def _output_dtype(info: TensorInfo, recipe: Recipe) -> DType:

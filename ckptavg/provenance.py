@@ -7,32 +7,33 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-from ckptavg.plan import Action, AveragePlan
+from ckptavg.plan import Action, AveragePlan, OutputPlan
 
 FORMAT_VERSION = 1
 
 
-def weight_file_metadata(plan: AveragePlan, version: str) -> dict[str, str]:
-    """Return the string map for the headers.
+def weight_file_metadata(plan: AveragePlan, output: OutputPlan, version: str) -> dict[str, str]:
+    """Return the string map for the headers of one output.
 
     It holds no times and no paths, so that equal runs give equal files.
     ``{"format": "pt"}`` is what transformers requires as soon as any other key is there.
     """
-    steps = [step for step in plan.steps if step is not None]
+    steps = [plan.steps[index] for index in output.row.used]
     metadata = {
         "format": "pt",
         **plan.metadata,
         "ckptavg_version": version,
-        "ckptavg_scheme": plan.rows[0].name,
-        "ckptavg_checkpoints": str(plan.n_checkpoints),
+        "ckptavg_scheme": str(output.scheme),
+        "ckptavg_checkpoints": str(len(steps)),
     }
-    if len(steps) == plan.n_checkpoints:
+    if None not in steps:
         metadata["ckptavg_steps"] = ",".join(map(str, steps))
     return metadata
 
 
 def provenance(
     plan: AveragePlan,
+    output: OutputPlan,
     *,
     version: str,
     device: str,
@@ -42,43 +43,39 @@ def provenance(
     derived_from: Sequence[Mapping[str, Any] | None],
     batchnorm: Mapping[str, Any] | None,
 ) -> bytes:
-    """Return the JSON text of ``ckptavg.json``."""
-    row = plan.rows[0]
+    """Return the JSON text of ``ckptavg.json`` for one output; it lists what went into that."""
+    siblings = [other.name for other in plan.outputs]
+    recipe = asdict(plan.recipe)
+    del recipe["schemes"]
     content = {
         "format_version": FORMAT_VERSION,
         "ckptavg_version": version,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "scheme": row.name,
+        "scheme": str(output.scheme),
+        "n_sources": plan.n_checkpoints,
         "checkpoints": [
             {
-                "source": label,
-                "step": step,
-                "epoch": epoch,
-                "coefficient": coefficient,
+                "source": plan.labels[index],
+                "step": plan.steps[index],
+                "epoch": plan.epochs[index],
+                "coefficient": output.row.coefficients[index],
                 "files": [
                     {"path": file.path, "nbytes": file.size, "mtime_ns": file.mtime_ns}
-                    for file in files
+                    for file in plan.files[index]
                 ],
-                "made_by_ckptavg": earlier,
+                "made_by_ckptavg": derived_from[index],
             }
-            for label, step, epoch, coefficient, files, earlier in zip(
-                plan.labels,
-                plan.steps,
-                plan.epochs,
-                row.coefficients,
-                plan.files,
-                derived_from,
-                strict=True,
-            )
+            for index in output.row.used
         ],
-        "recipe": asdict(plan.recipe),
-        "tensors": tensor_summary(plan, differing),
+        "recipe": recipe,
+        "tensors": tensor_summary(plan, output, differing),
         "notes": list(notes),
         "batchnorm": batchnorm,
         "output": {
             "nbytes": plan.total_nbytes,
             "shards": [shard.filename for shard in plan.shards],
             "side_files": list(side_files),
+            "siblings": sorted(siblings) if len(siblings) > 1 else [],
         },
         "device": device,
     }
@@ -100,7 +97,9 @@ def json_text(value: Any) -> str:
     return json.dumps(finite(value), indent=2, default=str, allow_nan=False)
 
 
-def tensor_summary(plan: AveragePlan, differing: Sequence[str] | None) -> dict[str, Any]:
+def tensor_summary(
+    plan: AveragePlan, output: OutputPlan, differing: Sequence[str] | None
+) -> dict[str, Any]:
     """Return counts by action, and every name whose treatment is not obvious.
 
     ``differing`` are the copied tensors that differed between checkpoints; None before the run.
@@ -122,7 +121,7 @@ def tensor_summary(plan: AveragePlan, differing: Sequence[str] | None) -> dict[s
     }
     if differing is not None:
         summary["differing"] = {
-            "taken_from": plan.labels[plan.take_from],
+            "taken_from": plan.labels[output.take_from],
             "names": list(differing),
         }
     return summary

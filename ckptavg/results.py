@@ -44,35 +44,90 @@ class BnPass:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OutputResult:
+    """One model that a run published.
+
+    Attributes:
+        path: Its directory.
+        scheme: What was asked for, such as ``uniform:last=5``.
+        coefficients: One a checkpoint, oldest first; 0 where it did not go in.
+        differing: Integer and bool tensors that differed and were taken from ``taken_from``.
+        taken_from: Label of the checkpoint that gave them.
+        batchnorm: What the BatchNorm pass did; None without one.
+    """
+
+    path: Path
+    scheme: str
+    coefficients: tuple[float, ...]
+    differing: tuple[str, ...]
+    taken_from: str
+    batchnorm: BnReport | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTimes:
+    """Where the time of a run went; stages overlap, so they add up to more or less than the whole.
+
+    Work that n threads share counts 1/n of the seconds they spent.
+
+    Attributes:
+        read_seconds: Reading checkpoints.
+        arithmetic_seconds: Summing, dividing and rounding; on a GPU with what starts it.
+        write_seconds: Writing outputs.
+        publish_seconds: Bringing outputs to the storage, and the rename.
+        bottleneck: ``reading``, ``arithmetic``, ``writing`` or ``syncing``: the longest of them.
+    """
+
+    read_seconds: float
+    arithmetic_seconds: float
+    write_seconds: float
+    publish_seconds: float
+
+    bottleneck: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        stages = {
+            "reading": self.read_seconds,
+            "arithmetic": self.arithmetic_seconds,
+            "writing": self.write_seconds,
+            "syncing": self.publish_seconds,
+        }
+        object.__setattr__(self, "bottleneck", max(stages, key=stages.__getitem__))
+
+
+@dataclass(frozen=True, kw_only=True)
 class AverageResult:
     """What a run did.
 
     Attributes:
-        output: The published directory.
-        n_checkpoints: How many checkpoints went in.
-        device: Where the arithmetic ran.
-        read_nbytes, written_nbytes: Bytes of tensor data.
+        output: The published directory: the model, or the directory of all models.
+        outputs: The models in it, one a scheme.
+        n_checkpoints: How many checkpoints were given.
+        n_processes: How many processes shared the work.
+        device: Where the arithmetic ran (of the first process).
+        read_nbytes, written_nbytes: Bytes of tensor data, of all processes together.
+        resumed_nbytes: How many of ``read_nbytes`` an interrupted run had read before.
         seconds: Wall time of everything; ``average_seconds`` of reading, averaging and writing.
-        peak_host_bytes: Largest resident memory of the process; None where it cannot be told.
-        peak_device_bytes: Largest memory allocated on the CUDA device; None on a CPU.
-        differing: Integer and bool tensors that differed and were taken from ``taken_from``.
+        times: Where it went.
+        peak_host_bytes: Largest resident memory of a process; None where it cannot be told.
+        peak_device_bytes: Largest memory allocated on a CUDA device; None on a CPU.
         notes: What the user should know.
-        batchnorm: What the BatchNorm pass did; None without one.
     """
 
     output: Path
+    outputs: tuple[OutputResult, ...]
     n_checkpoints: int
+    n_processes: int
     device: str
     read_nbytes: int
     written_nbytes: int
+    resumed_nbytes: int
     seconds: float
     average_seconds: float
+    times: StageTimes
     peak_host_bytes: int | None
     peak_device_bytes: int | None
-    differing: tuple[str, ...]
-    taken_from: str
     notes: tuple[str, ...]
-    batchnorm: BnReport | None
 
 
 @dataclass(frozen=True, kw_only=True)

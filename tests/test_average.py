@@ -216,8 +216,8 @@ def test_integers_that_differ_come_whole_from_one_checkpoint(
     assert loaded["bn.num_batches_tracked"].dtype == torch.int64
     assert torch.equal(loaded["mask"], torch.tensor([True, False]))
     assert torch.equal(loaded["ids"], torch.arange(2**53, 2**53 + 3))
-    assert result.differing == ("bn.num_batches_tracked",)
-    assert result.taken_from == str(paths[2 if policy == "last" else 0])
+    assert result.outputs[0].differing == ("bn.num_batches_tracked",)
+    assert result.outputs[0].taken_from == str(paths[2 if policy == "last" else 0])
 
 
 def test_integers_that_differ_are_refused_if_asked(tmp_path: Path, device: str) -> None:

@@ -1,6 +1,7 @@
 """The BatchNorm pass inside the pipeline: what is published, what is not, and what users read."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -144,9 +145,9 @@ def test_published_buffers_are_those_of_a_pass_over_the_float64_mean(
         batchnorm=BnPass(model=Net, batches=batches),
     )
     assert_same(published(tmp_path / "out"), expected_after_pass(models).state_dict())
-    assert result.batchnorm is not None
-    assert [layer.name for layer in result.batchnorm.layers] == ["bn", "late"]
-    assert (result.batchnorm.n_batches, result.batchnorm.n_samples) == (4, 96)
+    assert result.outputs[0].batchnorm is not None
+    assert [layer.name for layer in result.outputs[0].batchnorm.layers] == ["bn", "late"]
+    assert (result.outputs[0].batchnorm.n_batches, result.outputs[0].batchnorm.n_samples) == (4, 96)
     assert result.notes == ()
 
 
@@ -193,8 +194,8 @@ def test_a_model_instance_a_forward_and_limits_are_used(
             max_samples=31,
         ),
     )
-    assert result.batchnorm is not None
-    assert (result.batchnorm.n_batches, result.batchnorm.n_samples) == (2, 42)
+    assert result.outputs[0].batchnorm is not None
+    assert (result.outputs[0].batchnorm.n_batches, result.outputs[0].batchnorm.n_samples) == (2, 42)
     assert_same(published(tmp_path / "out"), model.state_dict())
     assert not model.training
 
@@ -271,8 +272,8 @@ def test_tied_weights_that_the_file_stores_once_fit_a_model_that_ties_them(tmp_p
         tmp_path / "out",
         batchnorm=BnPass(model=Tied, batches=batches),
     )
-    assert result.batchnorm is not None
-    assert len(result.batchnorm.layers) == 2
+    assert result.outputs[0].batchnorm is not None
+    assert len(result.outputs[0].batchnorm.layers) == 2
 
 
 def test_progress_tells_the_samples_of_the_pass(
@@ -296,11 +297,11 @@ def test_provenance_records_the_pass(tmp_path: Path, make_checkpoint: MakeCheckp
         tmp_path / "out",
         batchnorm=BnPass(model=Net, batches=batches),
     )
-    assert result.batchnorm is not None
+    assert result.outputs[0].batchnorm is not None
     recorded = json.loads((tmp_path / "out" / "ckptavg.json").read_text())["batchnorm"]
     assert recorded["n_samples"] == 96
     assert [layer["name"] for layer in recorded["layers"]] == ["bn", "late"]
-    assert recorded["layers"][0]["mean_shift"] == result.batchnorm.layers[0].mean_shift
+    assert recorded["layers"][0]["mean_shift"] == result.outputs[0].batchnorm.layers[0].mean_shift
 
 
 def test_a_model_without_batchnorm_is_published_with_a_note(
@@ -498,10 +499,15 @@ def test_an_interrupted_pass_publishes_nothing(
 ) -> None:
     sources = saved(make_checkpoint, trained(Net))
     before = tree(tmp_path)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         average_checkpoints(
             sources, tmp_path / "out", batchnorm=BnPass(model=Net, batches=interrupted)
         )
+    (kept,) = tmp_path.glob("out.partial-*")  # the average, to continue with
+    assert caught.value.__notes__ == [
+        f"100 % of the average is kept in {kept.name}; the same command continues it"
+    ]
+    shutil.rmtree(kept)
     assert_nothing_published(tmp_path, before)
 
 

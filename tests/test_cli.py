@@ -63,6 +63,8 @@ def without_numbers(text: str) -> str:
     """Replace what differs from run to run: times, rates and peak memory."""
     text = re.sub(r"[\d.]+ s (\([^)]*\)|in all)", r"T s", text)
     text = re.sub(r"at [\d.]+ [kMG]?B/s", "at R", text)
+    text = re.sub(r"most of it \w+", "most of it S", text)
+    text = re.sub(r"buffers of [\d.]+ [kMG]?B host", "buffers of B host", text)
     return re.sub(r"peak memory [\d.]+ [kMG]B", "peak memory M", text)
 
 
@@ -72,6 +74,7 @@ def test_average_prints_a_summary_and_notes(here: Path, capsys: pytest.CaptureFi
     assert without_numbers(out) == (
         "swa: average of 3 checkpoints\n"
         "  read 408 B at R on cpu, wrote 136 B; T s, peak memory M\n"
+        "  reading T s, arithmetic T s, writing T s, syncing T s: most of it S\n"
         "  1 integer tensors differed, taken from epoch-11.pt: 1.num_batches_tracked\n"
     )
     assert err == (
@@ -137,7 +140,7 @@ def test_dry_run_tells_the_plan_and_writes_nothing(
         "  1 integer or bool tensors copied; where checkpoints differ, from epoch-11.pt: "
         "1.num_batches_tracked\n"
         "read 408 B, write 136 B: model.safetensors (136 B)\n"
-        "on cpu: 2 threads, chunks of 1.05 MB; buffers at most 25.2 MB host, 0 B device memory\n"
+        "on cpu: 2 threads, chunks of 1.05 MB; buffers of 1.05 MB host, 0 B device memory\n"
     )
     assert not (here / "swa").exists()
 
@@ -149,7 +152,7 @@ def test_json_output_can_be_parsed(here: Path, capsys: pytest.CaptureFixture[str
     assert told["output"] == "swa"
     assert told["n_checkpoints"] == 3
     assert told["read_nbytes"] == 408
-    assert told["differing"] == ["1.num_batches_tracked"]
+    assert told["outputs"][0]["differing"] == ["1.num_batches_tracked"]
     code, out, _ = call(capsys, "average", "epoch-*.pt", "-o", "x", "--json", "--dry-run")
     plan = json.loads(out)
     assert [one["epoch"] for one in plan["checkpoints"]] == [9, 10, 11]
@@ -272,14 +275,14 @@ def test_every_error_has_its_exit_code() -> None:
 
 
 @pytest.mark.parametrize("name", list(_COMMANDS))
-def test_help_opens_with_a_sentence_and_closes_with_two_examples(
+def test_help_opens_with_a_sentence_and_closes_with_examples(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, _ = call(capsys, name, "--help")
     assert code == 0
     examples = out.split("Examples:\n")[1].strip().splitlines()
-    assert len(examples) == 2
-    assert all(line.strip().startswith(f"ckptavg {name} ") for line in examples)
+    assert len(examples) >= 2
+    assert all(f"ckptavg {name} " in line for line in examples)
 
 
 def test_every_option_has_help() -> None:
@@ -421,7 +424,7 @@ def test_what_user_code_prints_does_not_mix_with_json(
         "--data", "chatty:data",
     )  # fmt: skip
     assert code == 0
-    assert json.loads(out)["batchnorm"]["n_samples"] == 25
+    assert json.loads(out)["outputs"][0]["batchnorm"]["n_samples"] == 25
     assert {"importing", "building", "loading"} <= set(err.split())
 
 
@@ -466,7 +469,7 @@ def test_dry_run_refuses_a_bad_destination(here: Path, capsys: pytest.CaptureFix
         (signal.SIGHUP, 129, "ckptavg: error: ended by SIGHUP; nothing was published\n"),
     ],
 )
-def test_signals_end_the_run_with_nothing_left(
+def test_signals_end_the_run_with_nothing_published(
     here: Path, number: signal.Signals, code: int, message: str
 ) -> None:
     (here / "slow.py").write_text(
@@ -491,5 +494,7 @@ def test_signals_end_the_run_with_nothing_left(
     assert list(here.glob("swa.partial-*"))
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (code, message)
-    assert not list(here.glob("swa*"))
+    (kept,) = (path.name for path in here.glob("swa*"))  # the average, to continue with
+    continued = f"; 100 % of the average is kept in {kept}; the same command continues it\n"
+    assert (process.returncode, err) == (code, message.rstrip() + continued)
+    assert kept.startswith("swa.partial-")

@@ -140,8 +140,8 @@ def test_batchnorm_pass_makes_a_model_whose_statistics_fit_its_data(
     precision = 1e-6 if device == "cpu" else 1e-3  # CUDA convolutions may use TF32
     assert ((model[1].running_mean - mean).abs() / deviation).max() < precision
     assert ((model[1].running_var - variance).abs() / variance).max() < 2 * precision
-    assert result.batchnorm is not None
-    assert (result.batchnorm.n_batches, result.batchnorm.n_samples) == (2, 50)
+    assert result.outputs[0].batchnorm is not None
+    assert (result.outputs[0].batchnorm.n_batches, result.outputs[0].batchnorm.n_samples) == (2, 50)
     told = json.loads((tmp_path / "swa" / "ckptavg.json").read_text())
     assert told["batchnorm"]["layers"][0]["name"] == "1"
     assert told["batchnorm"]["layers"][0]["n_elements"] == 50 * 9

@@ -265,7 +265,7 @@ def test_explicit_coefficients_weigh_the_checkpoints_in_the_order_typed(
     coefficients = (0.5, 0.2, 0.3)
     average_checkpoints(paths, tmp_path / "out", device=device, coefficients=coefficients)
     result = load_file(tmp_path / "out" / "model.safetensors")
-    order = (1, 2, 0)  # sums are taken in the order of training
+    order = (0, 2, 1)  # sums are taken from the newest to the oldest
     for name in SHAPES:
         expected = float64_mean(
             [checkpoints[index][name] for index in order], [coefficients[index] for index in order]

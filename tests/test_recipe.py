@@ -5,19 +5,23 @@ from typing import Any
 
 import pytest
 
-from ckptavg import Recipe, UsageError
+from ckptavg import Recipe, Scheme, UsageError
 from ckptavg.recipe import coefficient_row
 
 
+def explicit(*coefficients: float) -> Scheme:
+    return Scheme(name="coefficients", coefficients=coefficients)
+
+
 def test_uniform_divides_the_sum() -> None:
-    row = coefficient_row(Recipe(), 3)
+    row = coefficient_row(Scheme(), 3)
     assert row.multipliers == (1.0, 1.0, 1.0)
     assert row.divisor == 3
     assert math.fsum(row.coefficients) == pytest.approx(1, abs=1e-15)
 
 
 def test_explicit_coefficients_are_divided_by_their_sum() -> None:
-    row = coefficient_row(Recipe(coefficients=(0.3333333, 0.3333333, 0.3333333)), 3)
+    row = coefficient_row(explicit(0.3333333, 0.3333333, 0.3333333), 3)
     assert math.fsum(row.coefficients) == pytest.approx(1, abs=1e-15)
     assert row.divisor == 1
 
@@ -36,13 +40,13 @@ def test_coefficients_that_make_no_mean_are_refused(
     coefficients: tuple[float, ...], message: str
 ) -> None:
     with pytest.raises(UsageError) as caught:
-        coefficient_row(Recipe(coefficients=coefficients), 2)
+        coefficient_row(explicit(*coefficients), 2)
     assert str(caught.value) == message
 
 
 def test_coefficients_follow_their_checkpoints() -> None:
-    recipe = Recipe(coefficients=(0.5, 0.2, 0.3))
-    assert recipe.reordered([1, 2, 0]).coefficients == (0.2, 0.3, 0.5)
+    recipe = Recipe(schemes=(Scheme(last=2), explicit(0.5, 0.2, 0.3)))
+    assert recipe.reordered([1, 2, 0]).schemes == (Scheme(last=2), explicit(0.2, 0.3, 0.5))
     with pytest.raises(UsageError, match="^3 coefficients for 2 checkpoints$"):
         recipe.reordered([1, 0])
 

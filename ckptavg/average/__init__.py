@@ -1,28 +1,35 @@
 """The engine: read a chunk of every checkpoint, sum, divide, round once, hand to the writer.
 
 Chunk by chunk, checkpoint after checkpoint, so memory depends on the chunk and the number of
-threads, not on how many checkpoints there are or how large they are. A chunk is summed in the
-order of the checkpoints by one thread, so the same bits come out whatever the number of threads,
-the chunk size or the device.
+threads, not on how many checkpoints there are or how large they are. A chunk is summed from the
+newest checkpoint to the oldest by one thread, so the same bits come out whatever the number of
+threads, the chunk size or the device.
 """
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from ckptavg.average.cpu import average_on_cpu, size_cpu_workspace
-from ckptavg.average.work import Outcome, Progress, Sink, Workspace
-from ckptavg.checkpoint import Checkpoint
+from ckptavg.average.work import Job, Progress, Sink, Timings, Workspace, usable_cpus
 from ckptavg.errors import UsageError
 from ckptavg.plan import AveragePlan
 
-__all__ = ["Outcome", "Progress", "Sink", "Workspace", "average", "choose_device", "size_workspace"]
+__all__ = [
+    "Job",
+    "Progress",
+    "Sink",
+    "Timings",
+    "Workspace",
+    "average",
+    "choose_device",
+    "size_workspace",
+]
 
 DEFAULT_MEMORY_BUDGET_BYTES = 512 * 2**20
 _WORTH_CUDA_NBYTES = 20 * 10**9  # measured on an H100: about 4 s to start, 7 GB/s gained
 
 
-def choose_device(device: str, *, read_nbytes: int, runs_model: bool) -> str:
+def choose_device(device: str, *, read_nbytes: int, runs_model: bool, local_rank: int = 0) -> str:
     """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:i`` into ``cpu`` or ``cuda:i``.
 
     ``auto`` is the first CUDA device where the machine has one and it pays: a model will run, or
@@ -32,6 +39,8 @@ def choose_device(device: str, *, read_nbytes: int, runs_model: bool) -> str:
         device: What was asked for.
         read_nbytes: Bytes that will be read from all checkpoints together.
         runs_model: Whether a BatchNorm pass follows.
+        local_rank: Number of this process among those of its host: ``auto`` and ``cuda`` give each
+            its own GPU, as far as there are enough.
 
     Raises:
         UsageError: If the device is unknown or not there.
@@ -49,13 +58,19 @@ def choose_device(device: str, *, read_nbytes: int, runs_model: bool) -> str:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto" and count == 0:
         return "cpu"
-    if count <= int(index or 0):
+    number = int(index) if index else local_rank % max(count, 1)
+    if number >= count:
         raise UsageError(f"device: '{device}' is not there; torch sees {count} CUDA devices")
-    return f"cuda:{int(index or 0)}"
+    return f"cuda:{number}"
 
 
 def size_workspace(
-    plan: AveragePlan, device: str, *, memory_budget_bytes: int, n_threads: int | None = None
+    plan: AveragePlan,
+    device: str,
+    *,
+    memory_budget_bytes: int,
+    n_threads: int | None = None,
+    local_size: int = 1,
 ) -> Workspace:
     """Choose threads, chunk size and buffers for a device so that they fit the budget.
 
@@ -64,37 +79,29 @@ def size_workspace(
         device: ``cpu`` or ``cuda:i``.
         memory_budget_bytes: Upper bound for the host memory of all buffers.
         n_threads: Threads that read; None chooses by the machine.
+        local_size: Number of processes that share this machine.
 
     Raises:
         MemoryBudgetError: If not even the smallest buffers fit.
     """
+    cpus = max(1, usable_cpus() // local_size)
     if device == "cpu":
         return size_cpu_workspace(
-            plan, memory_budget_bytes=memory_budget_bytes, n_threads=n_threads
+            plan, cpus, memory_budget_bytes=memory_budget_bytes, n_threads=n_threads
         )
     from ckptavg.average.cuda import size_cuda_workspace
 
     return size_cuda_workspace(
-        plan, device, memory_budget_bytes=memory_budget_bytes, n_threads=n_threads
+        plan, device, cpus, memory_budget_bytes=memory_budget_bytes, n_threads=n_threads
     )
 
 
-def average(
-    plan: AveragePlan,
-    checkpoints: Sequence[Checkpoint],
-    sinks: Sequence[Sink],
-    workspace: Workspace,
-    *,
-    progress: Progress,
-) -> Outcome:
-    """Carry out a plan: one pass over the checkpoints, one output a row of coefficients.
+def average(job: Job, workspace: Workspace) -> Timings:
+    """Carry out a job: one pass over the checkpoints, every output at once.
 
     Args:
-        plan: From ``plan_average``.
-        checkpoints: Those the plan was made from, in the same order.
-        sinks: One for each row of the plan.
+        job: What to do.
         workspace: From ``size_workspace``.
-        progress: Called with input bytes done, from one thread at a time.
 
     Raises:
         CheckpointError: If a read fails or a file ends early.
@@ -103,10 +110,10 @@ def average(
         OutputError: If a sink cannot write.
     """
     if workspace.device == "cpu":
-        return average_on_cpu(plan, checkpoints, sinks, workspace, progress=progress)
+        return average_on_cpu(job, workspace)
     from ckptavg.average.cuda import average_on_cuda
 
-    return average_on_cuda(plan, checkpoints, sinks, workspace, progress=progress)
+    return average_on_cuda(job, workspace)
 
 
 def _has_nvidia_driver() -> bool:

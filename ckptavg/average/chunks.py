@@ -13,58 +13,53 @@ from ckptavg.average.floats import (
     encode_from_float64,
     is_nonfinite,
 )
-from ckptavg.average.work import Sink
+from ckptavg.average.work import Job
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.errors import IncompatibleCheckpointsError
-from ckptavg.plan import AveragePlan, Chunk
+from ckptavg.plan import Chunk, Differing
 from ckptavg.tensors import COMPLEX64, FLOAT32, FLOAT64, Piece
 
 _PART_NUMEL = 2**16
 _REPAIRING = Lock()
 
 
-def take_chunk(
-    plan: AveragePlan, chunk: Chunk, checkpoints: Sequence[Checkpoint], sinks: Sequence[Sink]
-) -> list[str]:
-    """Copy a chunk from the checkpoint that the recipe names; return names of tensors that differ.
+def take_chunk(job: Job, chunk: Chunk) -> Differing:
+    """Copy a chunk from the checkpoints that the plan names; return what differs from them.
 
     Raises:
-        IncompatibleCheckpointsError: If they differ and the recipe refuses that.
+        IncompatibleCheckpointsError: If something differs and the recipe refuses that.
     """
-    chosen = np.empty(chunk.nbytes, np.uint8)
+    plan = job.plan
+    kept = {output.take_from: np.empty(chunk.nbytes, np.uint8) for output in plan.outputs}
+    for index, raw in kept.items():
+        job.checkpoints[index].read_into(chunk.pieces, raw.data)
+    differing: Differing = set()
     other = np.empty(chunk.nbytes, np.uint8)
-    checkpoints[plan.take_from].read_into(chunk.pieces, chosen.data)
-    differing: dict[str, None] = {}
-    for index, checkpoint in enumerate(checkpoints):
-        if index == plan.take_from:
-            continue
-        checkpoint.read_into(chunk.pieces, other.data)
-        if np.array_equal(chosen, other):
-            continue
-        for name, elements in _tensors_of(chunk.pieces, chunk.dtype.itemsize):
-            bytes_ = slice(
-                elements.start * chunk.dtype.itemsize, elements.stop * chunk.dtype.itemsize
-            )
-            if not np.array_equal(chosen[bytes_], other[bytes_]):
-                differing[name] = None
-                if plan.recipe.buffers == "refuse":
-                    raise IncompatibleCheckpointsError(
-                        f"'{name}' of {chunk.dtype} differs between {checkpoint.label} and "
-                        f"{checkpoints[plan.take_from].label} (--buffers last takes the last)"
-                    )
-    for sink in sinks:
-        for shard, offset in chunk.destinations:
-            sink.write(shard, offset, chosen.data)
-    return list(differing)
+    for index in plan.used_checkpoints:
+        raw = kept.get(index, other)
+        if raw is other:
+            job.checkpoints[index].read_into(chunk.pieces, other.data)
+        for taken_from, chosen in kept.items():
+            rows = [
+                row
+                for row, output in enumerate(plan.outputs)
+                if output.take_from == taken_from and output.row.multipliers[index] != 0
+            ]
+            if not rows or raw is chosen or np.array_equal(raw, chosen):
+                continue
+            names = _differing_names(chunk, raw, chosen)
+            if plan.recipe.buffers == "refuse":
+                raise IncompatibleCheckpointsError(
+                    f"'{names[0]}' of {chunk.dtype} differs between {plan.labels[index]} and "
+                    f"{plan.labels[taken_from]} (--buffers last takes the last)"
+                )
+            differing.update((row, name) for row in rows for name in names)
+    for row, output in enumerate(plan.outputs):
+        job.write(row, chunk, kept[output.take_from].data)
+    return differing
 
 
-def repair_nonfinite(
-    plan: AveragePlan,
-    chunk: Chunk,
-    checkpoints: Sequence[Checkpoint],
-    row: int,
-    output: memoryview,
-) -> bytes:
+def repair_nonfinite(job: Job, chunk: Chunk, row: int, output: memoryview) -> bytes:
     """Put right, or refuse, the elements of an output chunk that are infinite or NaN.
 
     Reads the inputs of the chunk again, a part at a time and in one thread at a time, so that it
@@ -76,29 +71,24 @@ def repair_nonfinite(
             overflows the output dtype, and the recipe does not allow it.
     """
     bits = bits_view(np.frombuffer(output, np.uint8), chunk.output_dtype).copy()
+    done = 0
     with _REPAIRING:
-        for start in range(0, chunk.numel, _PART_NUMEL):
-            part = bits[start : start + _PART_NUMEL]
+        for chunk_part in chunk.cut(_PART_NUMEL * chunk.dtype.itemsize):
+            part = bits[done : done + chunk_part.numel]
+            done += chunk_part.numel
             suspects = np.flatnonzero(is_nonfinite(part, chunk.output_dtype))
             if len(suspects):
-                pieces = _cut_pieces(chunk, start, start + len(part))
-                part[suspects] = _repaired(plan, chunk, pieces, checkpoints, row, suspects)
+                part[suspects] = _repaired(job, chunk_part, row, suspects)
     return bits.tobytes()
 
 
 @np.errstate(all="ignore")
-def _repaired(
-    plan: AveragePlan,
-    chunk: Chunk,
-    pieces: Sequence[Piece],
-    checkpoints: Sequence[Checkpoint],
-    row: int,
-    suspects: NDArray[np.intp],
-) -> Array:
-    """Return the right bits for the suspect elements of some pieces of a chunk."""
-    coefficients = plan.rows[row]
-    used = [index for index, value in enumerate(coefficients.multipliers) if value != 0]
-    raw = np.empty(sum(stop - start for _, start, stop in pieces), np.uint8)
+def _repaired(job: Job, chunk: Chunk, row: int, suspects: NDArray[np.intp]) -> Array:
+    """Return the right bits for the suspect elements of a chunk."""
+    plan, checkpoints, pieces = job.plan, job.checkpoints, chunk.pieces
+    coefficients = plan.outputs[row].row
+    used = coefficients.used
+    raw = np.empty(chunk.nbytes, np.uint8)
     # float64 values are divided before they are added: their sum may overflow though the mean fits
     before, after = (
         (coefficients.divisor, 1) if chunk.dtype is FLOAT64 else (1, coefficients.divisor)
@@ -162,16 +152,17 @@ def _count_nonfinite(checkpoint: Checkpoint, name: str) -> int:
     return count
 
 
-def _cut_pieces(chunk: Chunk, first: int, last: int) -> list[Piece]:
-    """Return the pieces of a chunk's elements ``[first, last)``."""
-    begin, end = first * chunk.dtype.itemsize, last * chunk.dtype.itemsize
-    pieces, at = [], 0
-    for name, start, stop in chunk.pieces:
-        low, high = max(begin - at, 0), min(end - at, stop - start)
-        if low < high:
-            pieces.append(Piece(name, start + low, start + high))
-        at += stop - start
-    return pieces
+def _differing_names(chunk: Chunk, one: Array, other: Array) -> list[str]:
+    """Return the names of the tensors in a chunk whose bytes differ."""
+    itemsize = chunk.dtype.itemsize
+    return [
+        name
+        for name, elements in _tensors_of(chunk.pieces, itemsize)
+        if not np.array_equal(
+            one[elements.start * itemsize : elements.stop * itemsize],
+            other[elements.start * itemsize : elements.stop * itemsize],
+        )
+    ]
 
 
 def _tensors_of(pieces: Sequence[Piece], itemsize: int) -> Iterator[tuple[str, slice]]:

@@ -3,70 +3,74 @@
 It never imports torch: importing that takes longer than averaging most models.
 """
 
-from collections.abc import Sequence
-from threading import Lock
+from threading import Lock, Semaphore
+from time import thread_time
 
 import numpy as np
 
 from ckptavg.average.chunks import repair_nonfinite, take_chunk
 from ckptavg.average.numpy_arithmetic import NumpyArithmetic, workspace_nbytes
 from ckptavg.average.work import (
+    Job,
+    Ledger,
     MiB,
-    Outcome,
-    Progress,
     SharedIterator,
-    Sink,
+    Stopwatch,
+    Timings,
     Workspace,
-    in_output_order,
-    input_nbytes,
+    averaged_chunk_nbytes,
     run_threads,
-    usable_cpus,
 )
-from ckptavg.checkpoint import READ_SCRATCH_BYTES, Checkpoint
 from ckptavg.errors import MemoryBudgetError
 from ckptavg.plan import TAKE_CHUNK_NBYTES, Action, AveragePlan, Chunk
 
 _CHUNK_NBYTES = 1 * MiB  # input, sums and output stay in the caches
+_FEW_THREADS = 4  # more of them get larger chunks: they would wait for Python's lock too often
 _MIN_CHUNK_NBYTES = 64 * 1024
-_MAX_THREADS = 16
-_FIXED_NBYTES = 4 * MiB  # interpreter objects: threads, pieces, headers of a large model
+_MAX_THREADS = 8  # more gain nothing, for the same reason
+_MAX_WAITING_THREADS = 16
+_FIXED_NBYTES = 1 * MiB  # interpreter objects: threads, pieces
+_TRIAL_SECONDS = 0.25  # of reading, after which it is clear whether it waits for the storage
 
 
 def size_cpu_workspace(
-    plan: AveragePlan, *, memory_budget_bytes: int, n_threads: int | None = None
+    plan: AveragePlan, cpus: int, *, memory_budget_bytes: int, n_threads: int | None = None
 ) -> Workspace:
     """Choose thread count and chunk size so that all buffers fit the budget.
 
     Raises:
         MemoryBudgetError: If not even one thread with the smallest chunk fits.
     """
-    threads = n_threads or min(usable_cpus(), _MAX_THREADS)
-    chunk_nbytes = _CHUNK_NBYTES
+    threads = n_threads or min(cpus, _MAX_THREADS)
+    chunk_nbytes = _CHUNK_NBYTES * (1 if threads <= _FEW_THREADS else 2)
 
-    def needed() -> int:
+    def needed(threads: int) -> int:
         return _FIXED_NBYTES + threads * _thread_nbytes(plan, chunk_nbytes)
 
-    while needed() > memory_budget_bytes and chunk_nbytes > _MIN_CHUNK_NBYTES:
+    while needed(threads) > memory_budget_bytes and chunk_nbytes > _MIN_CHUNK_NBYTES:
         chunk_nbytes //= 2
-    while needed() > memory_budget_bytes and threads > 1 and n_threads is None:
+    while needed(threads) > memory_budget_bytes and threads > 1 and n_threads is None:
         threads -= 1
-    if needed() > memory_budget_bytes:
+    if needed(threads) > memory_budget_bytes:
         raise MemoryBudgetError(
             f"a memory budget of {memory_budget_bytes} bytes is too small: "
-            f"at least {needed()} bytes are needed (--memory)"
+            f"at least {needed(threads)} bytes are needed (--memory)"
         )
-    return Workspace("cpu", threads, chunk_nbytes, 0, needed(), 0)
+    most = n_threads or _MAX_WAITING_THREADS
+    while needed(most) > memory_budget_bytes:
+        most -= 1
+    return Workspace(
+        device="cpu",
+        n_threads=threads,
+        max_threads=most,
+        chunk_nbytes=chunk_nbytes,
+        host_nbytes=needed(threads),
+        max_host_nbytes=needed(most),
+    )
 
 
-def average_on_cpu(
-    plan: AveragePlan,
-    checkpoints: Sequence[Checkpoint],
-    sinks: Sequence[Sink],
-    workspace: Workspace,
-    *,
-    progress: Progress,
-) -> Outcome:
-    """Carry out a plan with numpy, several chunks at a time.
+def average_on_cpu(job: Job, workspace: Workspace) -> Timings:
+    """Carry out a job with numpy, several chunks at a time.
 
     Raises:
         CheckpointError: If a read fails or a file changed.
@@ -74,51 +78,93 @@ def average_on_cpu(
             or integer tensors differ and the recipe refuses that.
         OutputError: If a sink cannot write.
     """
-    chunks = SharedIterator(plan.chunks(workspace.chunk_nbytes))
-    outcome = Outcome()
-    lock = Lock()
+    crew = _Crew(job, workspace)
+    run_threads([crew.work] * workspace.max_threads, stop=crew.stop)
+    return crew.timings
+
+
+class _Crew:
+    """Threads that work alike; some of them begin only where reading waits for the storage."""
+
+    def __init__(self, job: Job, workspace: Workspace) -> None:
+        self.timings = Timings()
+        self._job = job
+        self._ledger = Ledger(job)
+        self._chunk_nbytes = workspace.chunk_nbytes
+        self._chunks = SharedIterator(job.chunks(workspace.chunk_nbytes))
+        self._may_begin = Semaphore(workspace.n_threads)
+        self._max_threads = workspace.max_threads
+        self._begun = workspace.n_threads
+        self._lock = Lock()  # timings, and the trial
+        self._trial_seconds = self._trial_cpu_seconds = 0.0
+
+    def stop(self) -> None:
+        self._chunks.stop()
+        self._may_begin.release(self._max_threads)
 
     @np.errstate(all="ignore")  # what is not finite is found in the output
-    def work() -> None:
-        arithmetic = NumpyArithmetic(plan.rows, plan.recipe.accumulate)
-        for chunk in chunks:
+    def work(self) -> None:
+        self._may_begin.acquire()
+        plan = self._job.plan
+        largest = averaged_chunk_nbytes(plan, self._chunk_nbytes)
+        arithmetic = NumpyArithmetic(plan.rows, plan.recipe.accumulate, largest)
+        timings = Timings()
+        for chunk in self._chunks:
             if chunk.action is Action.TAKE:
-                differing = take_chunk(plan, chunk, checkpoints, sinks)
+                self._ledger.enter(chunk, take_chunk(self._job, chunk))
             else:
-                _average_chunk(plan, chunk, checkpoints, arithmetic, sinks)
-                differing = []
-            with lock:
-                outcome.differing.extend(differing)
-                progress(input_nbytes(plan, chunk))
+                self._average(chunk, arithmetic, timings)
+                self._ledger.enter(chunk)
+        with self._lock:
+            self.timings.add(timings, share=1 / self._begun)
+        self.stop()  # those that wait need not begin any more
 
-    run_threads([work] * workspace.n_threads, stop=chunks.stop)
-    return in_output_order(plan, outcome)
+    def _average(self, chunk: Chunk, arithmetic: NumpyArithmetic, timings: Timings) -> None:
+        job = self._job
+        watch, read_seconds, read_cpu_seconds = Stopwatch(), 0.0, 0.0
+        arithmetic.start(chunk)
+        for index in reversed(job.plan.used_checkpoints):
+            timings.arithmetic_seconds += watch.lap()
+            cpu_seconds = thread_time()
+            job.checkpoints[index].read_into(chunk.pieces, arithmetic.input)
+            read_cpu_seconds += thread_time() - cpu_seconds
+            read_seconds += watch.lap()
+            for row in arithmetic.add(index):
+                output, finite = arithmetic.finish(row)
+                if not finite:
+                    output = memoryview(repair_nonfinite(job, chunk, row, output))
+                timings.arithmetic_seconds += watch.lap()
+                job.write(row, chunk, output)
+                timings.write_seconds += watch.lap()
+        timings.arithmetic_seconds += watch.lap()
+        timings.read_seconds += read_seconds
+        self._try(read_seconds, read_cpu_seconds)
 
-
-def _average_chunk(
-    plan: AveragePlan,
-    chunk: Chunk,
-    checkpoints: Sequence[Checkpoint],
-    arithmetic: NumpyArithmetic,
-    sinks: Sequence[Sink],
-) -> None:
-    arithmetic.start(chunk)
-    for index in plan.used_checkpoints:
-        checkpoints[index].read_into(chunk.pieces, arithmetic.input)
-        arithmetic.add(index)
-    for row, sink in enumerate(sinks):
-        output, finite = arithmetic.finish(row)
-        if not finite:
-            output = memoryview(repair_nonfinite(plan, chunk, checkpoints, row, output))
-        for shard, offset in chunk.destinations:
-            sink.write(shard, offset, output)
+    def _try(self, read_seconds: float, read_cpu_seconds: float) -> None:
+        """Let one more thread begin if reading has mostly waited for the storage of late."""
+        if self._begun == self._max_threads:
+            return
+        with self._lock:
+            self._trial_seconds += read_seconds
+            self._trial_cpu_seconds += read_cpu_seconds
+            if self._trial_seconds < _TRIAL_SECONDS:
+                return
+            if (
+                self._trial_cpu_seconds < self._trial_seconds / 4
+                and self._begun < self._max_threads
+            ):
+                self._begun += 1
+                self._may_begin.release()
+            self._trial_seconds = self._trial_cpu_seconds = 0.0
 
 
 def _thread_nbytes(plan: AveragePlan, chunk_nbytes: int) -> int:
-    """Bytes of all buffers that one thread may come to hold."""
-    per_role = [
-        workspace_nbytes(chunk_nbytes, dtype, output_dtype, plan.recipe.accumulate, len(plan.rows))
+    """Bytes of all buffers that one thread comes to hold."""
+    averaged_nbytes = averaged_chunk_nbytes(plan, chunk_nbytes)
+    arithmetic = [
+        workspace_nbytes(averaged_nbytes, dtype, output_dtype, plan.recipe.accumulate, plan.rows)
         for dtype, output_dtype in plan.arithmetic_dtypes
     ]
-    comparing = 2 * min(chunk_nbytes, TAKE_CHUNK_NBYTES)
-    return max(per_role, default=0) + comparing + READ_SCRATCH_BYTES
+    taken = max((one.nbytes for one in plan.blocks if one.action is Action.TAKE), default=0)
+    comparing = 2 * min(taken, chunk_nbytes, TAKE_CHUNK_NBYTES)
+    return max(arithmetic, default=0) + comparing + plan.read_scratch_nbytes

@@ -10,10 +10,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ckptavg.average.sums import accumulate_dtype, keeps_equal_by_rounding
+from ckptavg.average.sums import (
+    accumulate_dtype,
+    keeps_equal_by_rounding,
+    needs_products,
+    running_sums,
+    sum_of_row,
+)
 from ckptavg.plan import Chunk
 from ckptavg.recipe import CoefficientRow
-from ckptavg.tensors import BFLOAT16, FLOAT16, FLOAT64, DType
+from ckptavg.tensors import DType
 
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -27,8 +33,8 @@ def torch_dtype(dtype: DType) -> torch.dtype:
 class CudaArithmetic:
     """Sums chunks of several checkpoints on a device and rounds the results.
 
-    Use: ``start(chunk)``; ``add`` for each checkpoint; ``finish`` for each row. All work is queued
-    on the current stream.
+    Use: ``start(chunk)``; ``add`` for each checkpoint, newest first, and ``finish`` for the rows
+    that it returns. All work is queued on the current stream.
     """
 
     def __init__(
@@ -42,9 +48,12 @@ class CudaArithmetic:
             device: A CUDA device.
         """
         self._rows = rows
+        self._sums = running_sums(rows)
+        self._sum_of_row = sum_of_row(self._sums)
         self._accumulate = accumulate
         self._device = device
         self._arrays: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, torch.dtype, int], Tensor] = {}
         self._divisors: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def start(self, chunk: Chunk) -> None:
@@ -53,23 +62,27 @@ class CudaArithmetic:
         self._dtype = torch_dtype(chunk.dtype)
         sum_dtype = accumulate_dtype(chunk.dtype, self._accumulate)
         self._sum_dtype = torch_dtype(sum_dtype)
-        self._sums = [
-            self._array(f"sum{row}", self._sum_dtype, chunk.numel) for row in range(len(self._rows))
+        self._totals = [
+            self._array(f"sum{number}", self._sum_dtype, chunk.numel)
+            for number in range(len(self._sums))
         ]
-        self._started = [False] * len(self._rows)
         self._keep_equal = not keeps_equal_by_rounding(chunk.dtype, sum_dtype)
-        self._n_added = 0
 
-    def add(self, raw: Tensor, index: int) -> None:
-        """Add checkpoint number ``index``, given as bytes (uint8 on the device), to every row."""
-        values = raw.view(self._dtype)
-        if self._keep_equal:
-            self._compare_with_first(values)
-        for row, coefficients in enumerate(self._rows):
-            multiplier = coefficients.multipliers[index]
-            if multiplier == 0:
+    def add(self, values: Tensor, index: int) -> list[int]:
+        """Add checkpoint number ``index``, given as elements on the device, to every sum.
+
+        Returns:
+            The rows whose total is complete now: finish them before the next call.
+        """
+        complete: list[int] = []
+        for number, one in enumerate(self._sums):
+            multiplier = one.multipliers.get(index)
+            if multiplier is None:
                 continue
-            total, first = self._sums[row], not self._started[row]
+            first = index == one.newest
+            if self._keep_equal:
+                self._compare_with_first(number, values, starts=first)
+            total = self._totals[number]
             if multiplier != 1:
                 product = total if first else self._array("product", total.dtype, len(total))
                 product.copy_(values)
@@ -80,38 +93,39 @@ class CudaArithmetic:
                 total.copy_(values)
             else:
                 total.add_(values)
-            self._started[row] = True
-        self._n_added += 1
+            complete.extend(one.complete.get(index, ()))
+        return complete
 
-    def finish(self, row: int, output: Tensor) -> Tensor:
-        """Divide, round once into ``output``, and return whether all of it is finite.
+    def finish(self, row: int, output: Tensor, smallest: Tensor, largest: Tensor) -> None:
+        """Divide, round once into ``output``, and tell whether all of it is finite.
 
         Args:
             row: Which output.
-            output: Bytes for it, uint8 on the device.
-
-        Returns:
-            A bool tensor without dimensions, on the device.
+            output: For the elements, in the output dtype, on the device.
+            smallest: For their minimum, without dimensions; NaN if one of them is.
+            largest: For their maximum, likewise.
         """
-        total, divisor = self._sums[row], self._rows[row].divisor
-        if divisor != 1:
-            total.div_(self._divisor(divisor))
-        if self._keep_equal:
-            first = self._array("first", self._dtype, len(total))
-            equal = self._array("equal", torch.bool, len(total))
-            torch.where(equal, first.to(total.dtype), total, out=total)
-        rounded = output.view(torch_dtype(self._chunk.output_dtype))
-        if total.dtype is torch.float64 and self._chunk.output_dtype in (BFLOAT16, FLOAT16):
-            total = _round_to_odd(total)
-        rounded.copy_(total)
-        return torch.isfinite(rounded).all()
+        number, divisor = self._sum_of_row[row], self._rows[row].divisor
+        total = self._totals[number]
+        rounds_twice = needs_odd_rounding(self._sum_dtype, output.dtype)
+        if self._keep_equal or rounds_twice:
+            quotient = self._array("product", total.dtype, len(total))
+            torch.div(total, self._divisor(divisor), out=quotient)
+            if self._keep_equal:
+                first = self._array(f"first{number}", self._dtype, len(total))
+                equal = self._array(f"equal{number}", torch.bool, len(total))
+                torch.where(equal, first.to(total.dtype), quotient, out=quotient)
+            output.copy_(_round_to_odd(quotient) if rounds_twice else quotient)
+        else:  # one kernel divides and rounds
+            torch.div(total, self._divisor(divisor), out=output)
+        torch.aminmax(output, out=(smallest, largest))
 
-    def _compare_with_first(self, values: Tensor) -> None:
+    def _compare_with_first(self, number: int, values: Tensor, *, starts: bool) -> None:
         bits_dtype = _INTEGER_OF_SIZE[values.element_size()]
         bits = values.view(bits_dtype)
-        first = self._array("first", self._dtype, len(values)).view(bits_dtype)
-        equal = self._array("equal", torch.bool, len(values))
-        if self._n_added == 0:
+        first = self._array(f"first{number}", self._dtype, len(values)).view(bits_dtype)
+        equal = self._array(f"equal{number}", torch.bool, len(values))
+        if starts:
             first.copy_(bits)
             equal.fill_(True)
         else:
@@ -125,12 +139,16 @@ class CudaArithmetic:
 
     def _array(self, role: str, dtype: torch.dtype, numel: int) -> Tensor:
         """Return a view of the buffer for one role, allocated when it is first needed or grows."""
-        nbytes = numel * dtype.itemsize
-        array = self._arrays.get(role)
-        if array is None or array.nbytes < nbytes:
-            array = torch.empty(-(-nbytes // 8) * 8, dtype=torch.uint8, device=self._device)
-            self._arrays[role] = array
-        return array[:nbytes].view(dtype)
+        key = role, dtype, numel
+        if key not in self._views:  # made once: each costs as much as starting a kernel
+            nbytes = numel * dtype.itemsize
+            array = self._arrays.get(role)
+            if array is None or array.nbytes < nbytes:
+                array = torch.empty(-(-nbytes // 8) * 8, dtype=torch.uint8, device=self._device)
+                self._arrays[role] = array
+                self._views.clear()  # of the smaller one, too
+            self._views[key] = array[:nbytes].view(dtype)
+        return self._views[key]
 
 
 def _round_to_odd(values: Tensor) -> Tensor:
@@ -145,15 +163,29 @@ def _round_to_odd(values: Tensor) -> Tensor:
     return narrow
 
 
+def needs_odd_rounding(total: torch.dtype, output: torch.dtype) -> bool:
+    """Tell whether torch would round a total twice on its way to the output: through float32."""
+    return total is torch.float64 and output in (torch.bfloat16, torch.float16)
+
+
 def workspace_nbytes(
-    chunk_nbytes: int, dtype: DType, output_dtype: DType, accumulate: str, n_rows: int
+    chunk_nbytes: int,
+    dtype: DType,
+    output_dtype: DType,
+    accumulate: str,
+    rows: Sequence[CoefficientRow],
 ) -> int:
-    """Return an upper bound for the device memory one ``CudaArithmetic`` allocates."""
-    total = accumulate_dtype(dtype, accumulate)
+    """Return the device memory that one ``CudaArithmetic`` allocates for such chunks."""
+    total, sums = accumulate_dtype(dtype, accumulate), running_sums(rows)
     numel = chunk_nbytes // dtype.itemsize
-    per_element = (n_rows + 1) * total.itemsize + 2  # sums, products, finite or not
-    if total is FLOAT64 and output_dtype in (BFLOAT16, FLOAT16):
-        per_element += 4 + 8 + 16 + 8 + 2  # rounding to odd, with its temporaries
-    if not keeps_equal_by_rounding(dtype, total):
-        per_element += dtype.itemsize + total.itemsize + 2  # first (twice), equal
+    rounds_twice = needs_odd_rounding(torch_dtype(total), torch_dtype(output_dtype))
+    keeps_equal = not keeps_equal_by_rounding(dtype, total)
+    per_element = len(sums) * total.itemsize
+    if rounds_twice or keeps_equal or needs_products(sums):
+        per_element += total.itemsize  # products, quotients
+    if rounds_twice:
+        per_element += 4 + 8 + 16 + 8 + 2  # with its temporaries
+    if keeps_equal:
+        per_element += len(sums) * (dtype.itemsize + 1)  # first, equal
+        per_element += total.itemsize + 1  # first again, as a sum; equal so far
     return numel * per_element

@@ -17,30 +17,44 @@ from ckptavg.average.floats import (
     OVERFLOWS_BFLOAT16_BITS,
     SIXTEEN,
     Array,
+    decode_float16_halves,
     round_to_bfloat16,
     round_to_odd,
 )
-from ckptavg.average.sums import accumulate_dtype, keeps_equal_by_rounding
+from ckptavg.average.sums import (
+    accumulate_dtype,
+    keeps_equal_by_rounding,
+    needs_products,
+    running_sums,
+    sum_of_row,
+)
 from ckptavg.plan import Chunk
 from ckptavg.recipe import CoefficientRow
-from ckptavg.tensors import BFLOAT16, FLOAT32, FLOAT64, DType
+from ckptavg.tensors import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
 
 
 class NumpyArithmetic:
     """Sums chunks of several checkpoints and rounds the results; owns all buffers it needs.
 
-    Use: ``start(chunk)``; for each checkpoint fill ``input`` and call ``add``; then ``finish`` for
-    each row. Arrays are allocated once, at the size of the largest chunk.
+    Use: ``start(chunk)``; for each checkpoint, newest first, fill ``input`` and call ``add``, and
+    ``finish`` the rows that it returns. Arrays are allocated once, at the size of the largest
+    chunk.
     """
 
-    def __init__(self, rows: Sequence[CoefficientRow], accumulate: str) -> None:
+    def __init__(
+        self, rows: Sequence[CoefficientRow], accumulate: str, max_chunk_nbytes: int
+    ) -> None:
         """Prepare for any number of chunks.
 
         Args:
             rows: The coefficients, one row an output.
             accumulate: The recipe's choice: ``auto``, ``float32`` or ``float64``.
+            max_chunk_nbytes: Input bytes of the largest chunk that will come.
         """
+        self._max_chunk_nbytes = max_chunk_nbytes
         self._rows = rows
+        self._sums = running_sums(rows)
+        self._sum_of_row = sum_of_row(self._sums)
         self._accumulate = accumulate
         self._arrays: dict[str, Array] = {}
 
@@ -48,52 +62,61 @@ class NumpyArithmetic:
         """Begin a chunk: an action AVERAGE, a float dtype."""
         self._chunk = chunk
         self._sum_dtype = accumulate_dtype(chunk.dtype, self._accumulate)
-        # bfloat16 is worked on in pairs: low halves first, then high halves
-        self._pairs = (chunk.numel + 1) // 2 if chunk.dtype is BFLOAT16 else 0
+        # 16-bit values are worked on in pairs: low halves first, then high halves
+        self._pairs = (chunk.numel + 1) // 2 if chunk.dtype.bits == 16 else 0
         numel = 2 * self._pairs or chunk.numel
         itemsize = chunk.dtype.itemsize
         self._raw = self._array("input", np.dtype(np.uint8), numel * itemsize)
         self._raw[chunk.nbytes :] = 0  # the missing partner of an odd last element
         self.input = self._raw.data[: chunk.nbytes]
-        self._sums = [
-            self._array(f"sum{index}", np.dtype(NUMPY_DTYPES[self._sum_dtype]), numel)
-            for index in range(len(self._rows))
+        self._totals = [
+            self._array(f"sum{number}", np.dtype(NUMPY_DTYPES[self._sum_dtype]), numel)
+            for number in range(len(self._sums))
         ]
-        self._started = [False] * len(self._rows)
         self._keep_equal = not keeps_equal_by_rounding(chunk.dtype, self._sum_dtype)
-        self._n_added = 0
 
-    def add(self, index: int) -> None:
-        """Add the content of ``input``, which is checkpoint number ``index``, to every row."""
+    def add(self, index: int) -> list[int]:
+        """Add the content of ``input``, which is checkpoint number ``index``, to every sum.
+
+        Returns:
+            The rows whose total is complete now: finish them before the next call.
+        """
+        going = [number for number, one in enumerate(self._sums) if index in one.multipliers]
         if self._keep_equal:
-            self._compare_with_first()
+            for number in going:
+                self._compare_with_first(number, starts=index == self._sums[number].newest)
         for place, values in self._decoded():
-            for row, (coefficients, total) in enumerate(zip(self._rows, self._sums, strict=True)):
-                multiplier = coefficients.multipliers[index]
-                if multiplier != 0:
-                    self._add_values(total[place], values, multiplier, first=not self._started[row])
-        for row, coefficients in enumerate(self._rows):
-            self._started[row] |= coefficients.multipliers[index] != 0
-        self._n_added += 1
+            for number in going:
+                one, total = self._sums[number], self._totals[number]
+                self._add_values(
+                    total[place], values, one.multipliers[index], first=index == one.newest
+                )
+        return [row for number in going for row in self._sums[number].complete.get(index, ())]
 
     def finish(self, row: int) -> tuple[memoryview, bool]:
         """Divide, round once, and return the bytes of one output and whether all are finite.
 
         The bytes are valid until the next call.
         """
-        total, divisor = self._sums[row], self._rows[row].divisor
-        if divisor != 1:
-            np.divide(total, total.dtype.type(divisor), out=total)
+        number, divisor = self._sum_of_row[row], self._rows[row].divisor
+        total = self._totals[number]
+        goes_on = self._sums[number].goes_on
+        quotient = self._array("product", total.dtype, len(total)) if goes_on else total
+        if divisor != 1 or goes_on:
+            np.divide(total, total.dtype.type(divisor), out=quotient)
         if self._keep_equal:
-            self._restore_equal(total)
+            self._restore_equal(number, quotient)
         output_dtype, numel = self._chunk.output_dtype, self._chunk.numel
         bits = self._array("output", np.dtype(BITS[output_dtype]), len(total))
         if output_dtype is BFLOAT16:
-            finite = self._encode_bfloat16(total, bits)
+            finite = self._encode_bfloat16(quotient, bits)
         else:
+            rounded = bits.view(NUMPY_DTYPES[output_dtype])
             if self._pairs:
-                total = self._interleave(total)
-            np.copyto(bits.view(NUMPY_DTYPES[output_dtype]), total, casting="same_kind")
+                np.copyto(rounded[0::2], quotient[: self._pairs], casting="same_kind")
+                np.copyto(rounded[1::2], quotient[self._pairs :], casting="same_kind")
+            else:
+                np.copyto(rounded, quotient, casting="same_kind")
             finite = self._largest_magnitude(bits[:numel]) < INFINITY_BITS[output_dtype]
         return bits[:numel].view(np.uint8).data, finite
 
@@ -102,15 +125,24 @@ class NumpyArithmetic:
     def _decoded(self) -> Iterator[tuple[slice, Array]]:
         """Yield the input as float arrays, each with its place in the sums."""
         if not self._pairs:
-            values = self._raw.view(NUMPY_DTYPES[self._chunk.dtype])
-            yield slice(None), values
+            yield slice(None), self._raw.view(NUMPY_DTYPES[self._chunk.dtype])
             return
         words = self._raw.view(np.uint32)
         halves = self._array("decoded", np.dtype(np.uint32), self._pairs)
-        np.left_shift(words, SIXTEEN, out=halves)
-        yield slice(0, self._pairs), halves.view(np.float32)
-        np.bitwise_and(words, HIGH_HALF, out=halves)
-        yield slice(self._pairs, None), halves.view(np.float32)
+        finite = self._chunk.dtype is BFLOAT16 or (
+            self._largest_magnitude(self._raw.view(np.uint16)) < INFINITY_BITS[FLOAT16]
+        )
+        for place, shift in ((slice(0, self._pairs), SIXTEEN), (slice(self._pairs, None), None)):
+            if not finite:  # the slow way, which knows infinity and NaN
+                start = 0 if shift else 1
+                np.copyto(halves.view(np.float32), self._raw.view(np.float16)[start::2])
+            elif self._chunk.dtype is FLOAT16:
+                decode_float16_halves(words, shift, halves)
+            elif shift:
+                np.left_shift(words, shift, out=halves)
+            else:
+                np.bitwise_and(words, HIGH_HALF, out=halves)
+            yield place, halves.view(np.float32)
 
     def _add_values(self, total: Array, values: Array, multiplier: float, *, first: bool) -> None:
         if multiplier != 1:
@@ -125,11 +157,11 @@ class NumpyArithmetic:
         else:
             np.add(total, values, out=total)
 
-    def _compare_with_first(self) -> None:
+    def _compare_with_first(self, number: int, *, starts: bool) -> None:
         bits = self._raw.view(BITS[self._chunk.dtype])
-        first = self._array("first", bits.dtype, len(bits))
-        equal = self._array("equal", np.dtype(np.bool_), len(bits))
-        if self._n_added == 0:
+        first = self._array(f"first{number}", bits.dtype, len(bits))
+        equal = self._array(f"equal{number}", np.dtype(np.bool_), len(bits))
+        if starts:
             np.copyto(first, bits)
             equal[:] = True
             return
@@ -137,24 +169,21 @@ class NumpyArithmetic:
         np.equal(first, bits, out=same)
         np.logical_and(equal, same, out=equal)
 
-    def _restore_equal(self, total: Array) -> None:
-        numel = len(total)
-        first = self._arrays["first"].view(NUMPY_DTYPES[self._chunk.dtype])[:numel]
-        np.copyto(total, first, where=self._arrays["equal"].view(np.bool_)[:numel])
+    def _restore_equal(self, number: int, quotient: Array) -> None:
+        numel = len(quotient)
+        first = self._arrays[f"first{number}"].view(NUMPY_DTYPES[self._chunk.dtype])[:numel]
+        equal = self._arrays[f"equal{number}"].view(np.bool_)[:numel]
+        np.copyto(quotient, first, where=equal)
 
     # -- outputs
-
-    def _interleave(self, total: Array) -> Array:
-        whole = self._array("interleaved", total.dtype, len(total))
-        whole[0::2] = total[: self._pairs]
-        whole[1::2] = total[self._pairs :]
-        return whole
 
     def _encode_bfloat16(self, total: Array, bits: Array) -> bool:
         """Round to bfloat16; return whether all results are finite."""
         words = self._float32_bits(total)
-        finite = self._largest_magnitude(words) < OVERFLOWS_BFLOAT16_BITS
-        if not finite:  # rounding must not carry a NaN's payload into its sign
+        # a NaN that comes from bfloat16 has no low bits that rounding could carry into its sign
+        is_plain = self._chunk.dtype is BFLOAT16 and total.dtype == np.float32
+        finite = is_plain or self._largest_magnitude(words) < OVERFLOWS_BFLOAT16_BITS
+        if not finite:
             words[(words & np.uint32(0x7FFFFFFF)) > INFINITY_BITS[FLOAT32]] = NAN_FLOAT32_BITS
         round_to_bfloat16(words, self._array("carry", words.dtype, len(words)))
         if self._pairs:
@@ -165,6 +194,8 @@ class NumpyArithmetic:
         else:
             np.right_shift(words, SIXTEEN, out=words)
             np.copyto(bits, words, casting="unsafe")
+        if is_plain:  # half as much to look at
+            finite = self._largest_magnitude(bits) < INFINITY_BITS[BFLOAT16]
         return finite
 
     def _float32_bits(self, total: Array) -> Array:
@@ -184,29 +215,43 @@ class NumpyArithmetic:
         return int(magnitude.max())
 
     def _array(self, role: str, dtype: np.dtype[Any], numel: int) -> Array:
-        """Return a view of the buffer for one role, allocated when it is first needed or grows."""
+        """Return a view of the buffer for one role, made when it is first needed.
+
+        It is made for the largest chunk: what is freed to grow may stay with the process.
+        """
         nbytes = numel * dtype.itemsize
         array = self._arrays.get(role)
         if array is None or array.nbytes < nbytes:
-            array = self._arrays[role] = np.empty(-(-nbytes // 8), np.uint64).view(np.uint8)
+            whole = -(-nbytes * self._max_chunk_nbytes // max(self._chunk.nbytes, 1))
+            array = np.empty(max(whole, nbytes) // 8 + 1, np.uint64).view(np.uint8)
+            self._arrays[role] = array
         return array[:nbytes].view(dtype)
 
 
 def workspace_nbytes(
-    chunk_nbytes: int, dtype: DType, output_dtype: DType, accumulate: str, n_rows: int
+    chunk_nbytes: int,
+    dtype: DType,
+    output_dtype: DType,
+    accumulate: str,
+    rows: Sequence[CoefficientRow],
 ) -> int:
-    """Return an upper bound for the bytes one ``NumpyArithmetic`` allocates for such chunks."""
-    total = accumulate_dtype(dtype, accumulate)
+    """Return the bytes that one ``NumpyArithmetic`` allocates for such chunks."""
+    total, sums = accumulate_dtype(dtype, accumulate), running_sums(rows)
+    n_sums = len(sums)
     numel = chunk_nbytes // dtype.itemsize + 2
-    per_element = dtype.itemsize + n_rows * total.itemsize  # input, sums
-    per_element += output_dtype.itemsize + max(output_dtype.itemsize, 4)  # output, magnitude
-    per_element += total.itemsize  # products
-    per_element += 4 if dtype is BFLOAT16 else 0  # decoded
+    per_element = dtype.itemsize + n_sums * total.itemsize + output_dtype.itemsize
+    if needs_products(sums):
+        per_element += total.itemsize
+    is_plain = dtype is output_dtype or output_dtype is not BFLOAT16
+    magnitudes = [output_dtype.itemsize if is_plain else 4]
+    if dtype.bits == 16:
+        per_element += 2  # decoded: a 32-bit word for one half of the elements
+        if dtype is FLOAT16:
+            magnitudes.append(2)
+    per_element += max(magnitudes)
     per_element += 4 if output_dtype is BFLOAT16 else 0  # carry
-    if dtype is BFLOAT16 and output_dtype is not BFLOAT16:
-        per_element += total.itemsize  # interleaved
     if total is FLOAT64 and output_dtype is BFLOAT16:
         per_element += 4 + 8 + 2 + 16  # rounding to odd, with its temporaries
     if not keeps_equal_by_rounding(dtype, total):
-        per_element += dtype.itemsize + 2  # first, equal, same
+        per_element += n_sums * (dtype.itemsize + 1) + 1  # first, equal, same
     return numel * per_element

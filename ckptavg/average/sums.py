@@ -1,5 +1,9 @@
-"""In which dtype values are summed, and what that promises; the same on every device."""
+"""In which dtype and order values are summed, and what that promises; the same on every device."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ckptavg.recipe import CoefficientRow
 from ckptavg.tensors import FLOAT32, FLOAT64, DType
 
 
@@ -22,3 +26,63 @@ def keeps_equal_by_rounding(dtype: DType, accumulate: DType) -> bool:
     It is where the sum has more bits than the values. Elsewhere the equal ones are put back.
     """
     return accumulate.bits > dtype.bits
+
+
+@dataclass(frozen=True, slots=True)
+class RunningSum:
+    """A sum over checkpoints, newest first, that passes through the totals of one or more rows.
+
+    The mean of the last 5 checkpoints is on the way to the mean of the last 20: both rows share
+    one sum, with the same bits as a sum of each one's own.
+
+    Attributes:
+        multipliers: Checkpoint index -> multiplier, in the order of summation.
+        complete: Checkpoint index -> the rows whose total is there once it has been added.
+    """
+
+    multipliers: dict[int, float]
+    complete: dict[int, tuple[int, ...]]
+
+    @property
+    def newest(self) -> int:
+        """Index of the checkpoint that starts the sum."""
+        return next(iter(self.multipliers))
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a row's total must be left as it is, for another row."""
+        return sum(map(len, self.complete.values())) > 1
+
+
+def running_sums(rows: Sequence[CoefficientRow]) -> list[RunningSum]:
+    """Return as few sums as give the totals of all rows."""
+    terms = [[(index, row.multipliers[index]) for index in reversed(row.used)] for row in rows]
+    sums: list[RunningSum] = []
+    for row in sorted(range(len(rows)), key=lambda row: -len(terms[row])):  # longest first
+        for found in sums:
+            if list(found.multipliers.items())[: len(terms[row])] == terms[row]:
+                break
+        else:
+            found = RunningSum(dict(terms[row]), {})
+            sums.append(found)
+        last = terms[row][-1][0]
+        found.complete[last] = (*found.complete.get(last, ()), row)
+    return sums
+
+
+def needs_products(sums: Sequence[RunningSum]) -> bool:
+    """Tell whether values are multiplied before they are added, or totals divided elsewhere."""
+    return any(
+        one.goes_on or any(value != 1 for value in list(one.multipliers.values())[1:])
+        for one in sums
+    )
+
+
+def sum_of_row(sums: Sequence[RunningSum]) -> dict[int, int]:
+    """Return for each row the number of the sum that passes through its total."""
+    return {
+        row: number
+        for number, one in enumerate(sums)
+        for rows in one.complete.values()
+        for row in rows
+    }

@@ -89,6 +89,11 @@ class RenamedCheckpoint:
         self.files: Sequence[FileStamp] = checkpoint.files
         self.directory: str | None = checkpoint.directory
 
+    @property
+    def read_scratch_nbytes(self) -> int:
+        """That of the checkpoint."""
+        return self._checkpoint.read_scratch_nbytes
+
     def read_into(self, pieces: Sequence[Piece], buffer: memoryview) -> None:
         """Fill ``buffer`` with the pieces; see the protocol."""
         stored = self._stored_name

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from ckptavg.tensors import FileStamp, Piece, TensorInfo
 
-READ_SCRATCH_BYTES = 2**20  # what one call of read_into may hold beside the caller's buffer
+READ_SCRATCH_BYTES = 2**20  # bound for what a reader may hold beside the caller's buffer
 
 
 class Checkpoint(Protocol):
@@ -25,6 +25,7 @@ class Checkpoint(Protocol):
         files: The files read, with what identifies their content.
         directory: The model directory whose side files (config, tokenizer) belong to this
             checkpoint; None for a single file.
+        read_scratch_nbytes: What one call of ``read_into`` may hold beside the caller's buffer.
     """
 
     label: str
@@ -37,6 +38,10 @@ class Checkpoint(Protocol):
     notes: Sequence[str]
     files: Sequence[FileStamp]
     directory: str | None
+
+    @property
+    def read_scratch_nbytes(self) -> int:
+        """See the class."""
 
     def read_into(self, pieces: Sequence[Piece], buffer: memoryview) -> None:
         """Fill ``buffer`` with the given pieces, back to back.

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ckptavg.checkpoint.files import PositionalFile
+from ckptavg.checkpoint.protocol import READ_SCRATCH_BYTES
 from ckptavg.checkpoint.strided import read_strided
 from ckptavg.tensors import FileStamp, Piece, TensorInfo
 
@@ -38,6 +39,12 @@ class StoredCheckpoint:
 
     def __post_init__(self) -> None:
         self.files = [file.stamp for file in self.open_files]
+
+    @property
+    def read_scratch_nbytes(self) -> int:
+        """Nothing, unless a tensor has to be put into row-major order."""
+        strided = any(place.strides is not None for place in self.places.values())
+        return READ_SCRATCH_BYTES if strided else 0
 
     def read_into(self, pieces: Sequence[Piece], buffer: memoryview) -> None:
         """Fill ``buffer`` with the pieces; see the protocol."""

@@ -96,7 +96,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.Abort:  # what click makes of a KeyboardInterrupt
         return _fail("interrupted; nothing was published", 130, debug)
     except _Ended as error:
-        return _fail(f"{error}; nothing was published", error.exit_code, debug)
+        kept = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+        return _fail(f"{error}; nothing was published{kept}", error.exit_code, debug)
     except MemoryError:
         return _fail("out of memory; nothing was published (--memory lowers the need)", 1, debug)
     except CkptavgError as error:

@@ -1,5 +1,6 @@
 """``ckptavg average``: many checkpoints in, one model directory out."""
 
+import os
 from typing import Any
 
 import click
@@ -22,6 +23,8 @@ _EPILOG = """\b
 Examples:
   ckptavg average runs/exp7/checkpoint-* -o swa
   ckptavg average epoch-{17..36}.pt -o swa --model my_pkg:build --data my_pkg:batches
+  ckptavg average 'step{1..24}' -o averages --scheme uniform:last=5 --scheme uniform:last=20
+  torchrun --nproc-per-node 4 -m ckptavg average runs/exp7/checkpoint-* -o swa
 """
 
 
@@ -29,10 +32,19 @@ Examples:
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCES...")
 @output_options
 @click.option(
+    "--scheme",
+    "schemes",
+    multiple=True,
+    metavar="[LABEL=]NAME[:OPTIONS]",
+    help="What to average: uniform, uniform:last=5, uniform:first=3, coefficients:0.2,0.8; "
+    "default: uniform. Given several times, one pass makes all averages, and OUT holds a model "
+    "directory for each, called by label or scheme, for example late=uniform:last=5.",
+)
+@click.option(
     "--coefficients",
     type=Coefficients(),
-    help="One multiplier a checkpoint, in the order typed, summing to 1: 0.2,0.3,0.5; default: "
-    "the uniform mean.",
+    help="One multiplier a checkpoint, in the order typed, summing to 1: 0.2,0.3,0.5; the same as "
+    "--scheme coefficients:0.2,0.3,0.5.",
 )
 @click.option(
     "--accumulate",
@@ -77,27 +89,42 @@ def command(
     SOURCES are checkpoint files (safetensors, torch), model directories, globs, and patterns such
     as step{1000..9000..1000}. They are ordered by training step where all tell theirs.
     """
-    from ckptavg.pipeline import average_checkpoints, prepared_average
+    from ckptavg.pipeline import average_checkpoints, chosen_schemes, prepared_average
+    from ckptavg.processes import started_by_torchrun
     from ckptavg.recipe import Recipe
 
+    distributed = started_by_torchrun()
+    is_first = not distributed or os.environ.get("RANK") == "0"
+    quiet = quiet or not is_first
     with stdout_for_the_result():
         batchnorm = load_bn_pass(**model_arguments(options))
     arguments = pipeline_arguments(options)
-    recipe = {
-        name: options[name]
-        for name in ("coefficients", "accumulate", "dtype", "buffers", "allow_nonfinite")
-    }
+    schemes = chosen_schemes(options["schemes"], options["coefficients"])
+    recipe = {name: options[name] for name in ("accumulate", "dtype", "buffers", "allow_nonfinite")}
     arguments |= {"include_code": not options["no_code"], "batchnorm": batchnorm}
     if dry_run:
         with (
             stdout_for_the_result(),
-            prepared_average(sources, output, Recipe(**recipe), **arguments) as prepared,
+            prepared_average(
+                sources, output, Recipe(schemes=schemes, **recipe), **arguments
+            ) as prepared,
         ):
             pass  # deciding is all
-        echo_plan(prepared, output, as_json=as_json, quiet=quiet)
+        if is_first:
+            echo_plan(prepared, output, as_json=as_json, quiet=quiet)
         return
     with stdout_for_the_result(), ProgressBars(quiet=quiet or as_json) as progress:
-        result = average_checkpoints(sources, output, **recipe, **arguments, progress=progress)
-    plural = "" if result.n_checkpoints == 1 else "s"
-    done = f"average of {result.n_checkpoints} checkpoint{plural}"
-    echo_result(result, done, as_json=as_json, quiet=quiet)
+        result = average_checkpoints(
+            sources,
+            output,
+            schemes=schemes,
+            **recipe,
+            **arguments,
+            distributed=distributed,
+            progress=progress,
+        )
+    if is_first:
+        plural = "" if result.n_checkpoints == 1 else "s"
+        number = "average" if len(result.outputs) == 1 else f"{len(result.outputs)} averages"
+        done = f"{number} of {result.n_checkpoints} checkpoint{plural}"
+        echo_result(result, done, as_json=as_json, quiet=quiet)

@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 import click
 
+from ckptavg.errors import UsageError
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _UNITS = {
@@ -61,14 +63,14 @@ class Coefficients(click.ParamType[tuple[float, ...]]):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[float, ...]:
         """Return the numbers."""
-        from fractions import Fraction
+        from ckptavg.recipe import parse_coefficients
 
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(float(Fraction(part.strip())) for part in value.split(","))
-        except (ValueError, ZeroDivisionError):
-            self.fail(f"'{value}' is not a list of numbers such as 0.2,0.3,0.5", param, ctx)
+            return parse_coefficients(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
 
 
 def _combined(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:

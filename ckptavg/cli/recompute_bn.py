@@ -54,6 +54,7 @@ def command(
             include_code=not options["no_code"],
             progress=progress,
         )
-    recomputed = result.batchnorm is not None and result.batchnorm.layers
+    report = result.outputs[0].batchnorm
+    recomputed = report is not None and report.layers
     done = f"{source} with recomputed BatchNorm statistics" if recomputed else f"a copy of {source}"
     echo_result(result, done, as_json=as_json, quiet=quiet)

@@ -113,24 +113,52 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def summary_lines(result: "AverageResult", done: str) -> list[str]:
     """Return what a finished run says."""
-    rate = result.read_nbytes / max(result.average_seconds, 1e-9)
     peaks = [f"peak memory {size(result.peak_host_bytes)}"] if result.peak_host_bytes else []
     if result.peak_device_bytes is not None:
         peaks.append(f"{size(result.peak_device_bytes)} on {result.device}")
+    processes = f", {result.n_processes} processes" if result.n_processes > 1 else ""
+    read_nbytes = result.read_nbytes - result.resumed_nbytes
+    rate = _rate(read_nbytes, result.average_seconds)
     lines = [
         f"{result.output}: {done}",
-        f"  read {size(result.read_nbytes)} at {size(rate)}/s on {result.device}, "
+        f"  read {size(read_nbytes)} at {rate} on {result.device}{processes}, "
         f"wrote {size(result.written_nbytes)}; "
         + ", ".join([f"{result.seconds:.2f} s in all", *peaks]),
+        f"  {_times(result)}",
     ]
-    if result.differing:
-        lines.append(
-            f"  {len(result.differing)} integer tensors differed, taken from {result.taken_from}: "
-            + _some(result.differing)
-        )
-    if result.batchnorm is not None and result.batchnorm.layers:
-        lines += batchnorm_lines(result.batchnorm)
+    for one in result.outputs:
+        if len(result.outputs) > 1:
+            n_used = sum(coefficient != 0 for coefficient in one.coefficients)
+            lines.append(f"  {one.path}: {one.scheme}, {n_used} checkpoints")
+        if one.differing:
+            lines.append(
+                f"  {len(one.differing)} integer tensors differed, taken from {one.taken_from}: "
+                + _some(one.differing)
+            )
+        if one.batchnorm is not None and one.batchnorm.layers:
+            lines += batchnorm_lines(one.batchnorm)
     return lines
+
+
+def _times(result: "AverageResult") -> str:
+    """Say where the time went; the stages overlap."""
+    times = result.times
+    read_nbytes = result.read_nbytes - result.resumed_nbytes
+    share = read_nbytes / max(result.read_nbytes, 1)
+    stages = [
+        ("reading", times.read_seconds, read_nbytes),
+        ("arithmetic", times.arithmetic_seconds, read_nbytes),
+        ("writing", times.write_seconds, result.written_nbytes * share),
+        ("syncing", times.publish_seconds, result.written_nbytes),
+    ]
+    told = [
+        f"{name} {seconds:.2f} s ({_rate(nbytes, seconds)})" for name, seconds, nbytes in stages
+    ]
+    return f"{', '.join(told)}: most of it {times.bottleneck}"
+
+
+def _rate(nbytes: float, seconds: float) -> str:
+    return f"{size(nbytes / max(seconds, 1e-9))}/s"
 
 
 def batchnorm_lines(report: "BnReport") -> list[str]:
@@ -158,45 +186,54 @@ def plan_lines(prepared: "Prepared", output: str) -> list[str]:
     plan, workspace = prepared.plan, prepared.workspace
     rows = [
         [
-            f"  {label}",
-            "-" if step is None else str(step),
-            "-" if epoch is None else str(epoch),
-            f"{coefficient:.6g}",
-            size(sum(file.size for file in files)),
+            f"  {plan.labels[index]}",
+            "-" if plan.steps[index] is None else str(plan.steps[index]),
+            "-" if plan.epochs[index] is None else str(plan.epochs[index]),
+            *(f"{one.row.coefficients[index]:.6g}" for one in plan.outputs),
+            size(sum(file.size for file in plan.files[index])),
         ]
-        for label, step, epoch, coefficient, files in zip(
-            plan.labels, plan.steps, plan.epochs, plan.rows[0].coefficients, plan.files, strict=True
-        )
+        for index in range(plan.n_checkpoints)
     ]
     from ckptavg.provenance import tensor_summary
 
-    summary = tensor_summary(plan, None)
+    summary = tensor_summary(plan, plan.outputs[0], None)
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in summary["averaged_dtypes"].items())
+    several = len(plan.outputs) > 1
+    what = f"{len(plan.outputs)} averages" if several else str(plan.outputs[0].scheme)
+    coefficients = [one.name for one in plan.outputs] if several else ["coefficient"]
     lines = [
-        f"would average {plan.n_checkpoints} checkpoints ({plan.rows[0].name}) into {output}; "
+        f"would average {plan.n_checkpoints} checkpoints ({what}) into {output}; "
         "nothing was read but headers",
-        *table(["  checkpoint", "step", "epoch", "coefficient", "size"], rows),
+        *table(["  checkpoint", "step", "epoch", *coefficients, "size"], rows),
         f"tensors: {summary['averaged']} averaged ({dtypes})",
     ]
     if summary["copied"]:
+        names = dict.fromkeys(plan.labels[one.take_from] for one in plan.outputs)
         lines.append(
             f"  {len(summary['copied'])} integer or bool tensors copied; where checkpoints differ, "
-            f"from {plan.labels[plan.take_from]}: {_some(summary['copied'])}"
+            f"from {', '.join(names)}: {_some(summary['copied'])}"
         )
     for name, owner in summary["tied"].items():
         lines.append(f"  {name}: tied to {owner}, averaged once")
+    each = " for each average" if several else ""
     lines += [
-        f"read {size(plan.read_nbytes)}, write {size(plan.total_nbytes)}: "
-        + ", ".join(f"{shard.filename} ({size(shard.nbytes)})" for shard in plan.shards),
+        f"read {size(plan.read_nbytes)}, write {size(plan.write_nbytes)}: "
+        + ", ".join(f"{shard.filename} ({size(shard.nbytes)})" for shard in plan.shards)
+        + each,
         f"on {workspace.device}: {workspace.n_threads} threads, chunks of "
-        f"{size(workspace.chunk_nbytes)}; buffers at most {size(workspace.host_nbytes)} host, "
+        f"{size(workspace.chunk_nbytes)}; buffers of {size(workspace.host_nbytes)} host, "
         f"{size(workspace.device_nbytes)} device memory",
     ]
+    if workspace.max_threads > workspace.n_threads:
+        lines.append(
+            f"  where reading waits for the storage, up to {workspace.max_threads} threads and "
+            f"{size(workspace.max_host_nbytes)}"
+        )
     if prepared.run_bn_pass is not None:
         lines.append("then BatchNorm statistics are recomputed: the model fits the average")
-    if prepared.side_files:
-        names = [file.name for file in prepared.side_files]
-        lines.append(f"copy {len(names)} side files: {', '.join(names)}")
+    side_files = sorted({file.name for files in prepared.side_files for file in files})
+    if side_files:
+        lines.append(f"copy {len(side_files)} side files: {', '.join(side_files)}")
     return lines
 
 
@@ -207,30 +244,37 @@ def plan_json(prepared: "Prepared", output: str) -> dict[str, Any]:
     plan, workspace = prepared.plan, prepared.workspace
     return {
         "output": output,
+        "outputs": [
+            {
+                "name": one.name,
+                "scheme": str(one.scheme),
+                "coefficients": one.row.coefficients,
+                "tensors": tensor_summary(plan, one, None),
+                "side_files": [file.name for file in files],
+            }
+            for one, files in zip(plan.outputs, prepared.side_files, strict=True)
+        ],
         "checkpoints": [
             {
-                "source": label,
-                "step": step,
-                "epoch": epoch,
-                "coefficient": coefficient,
-                "nbytes": sum(file.size for file in files),
+                "source": plan.labels[index],
+                "step": plan.steps[index],
+                "epoch": plan.epochs[index],
+                "nbytes": sum(file.size for file in plan.files[index]),
             }
-            for label, step, epoch, coefficient, files in zip(
-                plan.labels, plan.steps, plan.epochs, plan.rows[0].coefficients, plan.files,
-                strict=True,
-            )
+            for index in range(plan.n_checkpoints)
         ],
-        "tensors": tensor_summary(plan, None),
         "read_nbytes": plan.read_nbytes,
-        "write_nbytes": plan.total_nbytes,
+        "write_nbytes": plan.write_nbytes,
         "shards": [{"filename": shard.filename, "nbytes": shard.nbytes} for shard in plan.shards],
         "device": workspace.device,
+        "n_threads": workspace.n_threads,
+        "max_threads": workspace.max_threads,
         "host_buffer_nbytes": workspace.host_nbytes,
+        "max_host_buffer_nbytes": workspace.max_host_nbytes,
         "device_buffer_nbytes": workspace.device_nbytes,
         "batchnorm_pass": prepared.run_bn_pass is not None,
-        "side_files": [file.name for file in prepared.side_files],
         "notes": [*plan.notes, *prepared.notes],
-    }  # fmt: skip
+    }
 
 
 def checkpoint_lines(info: "CheckpointInfo") -> list[str]:

@@ -1,0 +1,446 @@
+"""The directory being made: locked, journaled, continued after an interruption, published at once.
+
+Everything is written into ``OUT.partial-<fingerprint>/`` beside the output, synced to storage,
+and renamed. OUT either does not exist, is what it was before, or is complete.
+"""
+
+import ctypes
+import errno
+import fcntl
+import glob
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from threading import Event, Thread
+from time import monotonic
+from types import TracebackType
+from typing import Self
+
+from ckptavg.destination import check_replaceable
+from ckptavg.errors import AfterPublishError, OutputError
+from ckptavg.journal import (
+    JOURNAL_PREFIX,
+    Journal,
+    read_journals,
+    remove_journals,
+)
+from ckptavg.plan import AveragePlan, Differing
+from ckptavg.writer import ModelWriter
+
+_PARTIAL_SUFFIX = re.compile(r"\.partial-[0-9a-f]{16}$")
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
+_RENAME_NOREPLACE, _RENAME_EXCHANGE, _AT_FDCWD = 1, 2, -100
+_WRITEBACK_SECONDS = 0.05
+_SYNC_SECONDS = 30.0  # how much work a failure of the machine may cost
+
+
+class OutputDirectory:
+    """Makes one or several model directories; a context manager.
+
+    Left by an error, it removes what it wrote; left by an interruption, it keeps that, so that the
+    same run continues it. Several processes may write one output: that of rank 0 makes it,
+    recovers it and publishes it, the others enter later and write into it.
+
+    Attributes:
+        models: A writer for each output of the plan.
+        finished: The blocks that are written, with what differed in them.
+        notes: What the user should know about what was found, one sentence each.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        plan: AveragePlan,
+        *,
+        metadata: Sequence[Mapping[str, str]],
+        overwrite: bool,
+        rank: int = 0,
+    ) -> None:
+        """Prepare to write; nothing is created before the context is entered.
+
+        Args:
+            output: The directory to publish.
+            plan: What will be written.
+            metadata: String map for the weight files' headers, one an output of the plan.
+            overwrite: Whether an existing output is replaced.
+            rank: Number of this process among those that write the output.
+        """
+        # the directory itself, not a link to it, is what gets replaced
+        self.output = Path(
+            os.path.realpath(output) if output.is_symlink() else os.path.abspath(output)
+        )
+        self.partial = self.output.with_name(f"{self.output.name}.partial-{plan.fingerprint}")
+        self.models = [
+            ModelWriter(self.partial / one.name, plan, metadata=strings, failed=self._failed)
+            for one, strings in zip(plan.outputs, metadata, strict=True)
+        ]
+        self.finished: dict[int, Differing] = {}
+        self.notes: list[str] = []
+        self._shown = output
+        self._n_blocks = len(plan.blocks)
+        self._overwrite = overwrite
+        self._rank = rank
+        self._journal: Journal | None = None
+        self._stop_writeback = Event()
+        self._writeback: Thread | None = None
+        self._directory = -1  # the partial directory, locked where the file system can
+        self._replaced = -1  # the directory being replaced, likewise
+        self._owns_partial = False
+        self._made_parents: list[Path] = []
+        self._published = False
+
+    def __enter__(self) -> Self:
+        try:
+            if self._rank == 0:
+                self._make()
+            elif not all(model.reopen() for model in self.models):
+                raise OutputError(
+                    f"{self._shown}: rank {self._rank} does not see the files that rank 0 made; "
+                    "the output must be on a file system that all processes share"
+                )
+            self._journal = Journal(self.partial, self._rank)
+            for block, differing in self.finished.items():
+                self._journal.record(block, differing)
+            self._journal.sync(())  # recovered blocks were synced before
+        except OSError as error:
+            self._abandon()
+            raise self._failed(error) from error
+        except BaseException as error:
+            self._leave_unpublished(error)
+            raise
+        self._writeback = Thread(target=self._write_back, daemon=True)
+        self._writeback.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._end_journal()
+        if not self._published and not self._is_in_place():
+            self._leave_unpublished(error)
+        elif error is not None and not isinstance(error, AfterPublishError):
+            self._close()
+            raise AfterPublishError(
+                f"{self._shown}: is published and whole, but then: "
+                f"{str(error) or type(error).__name__}"
+            ) from error
+
+    def finish_block(self, block: int, differing: Differing) -> None:
+        """Note that a block is written to every model; one call at a time.
+
+        Raises:
+            OutputError: If the storage refuses.
+        """
+        self.finished[block] = differing
+        try:
+            if self._journal is not None:
+                self._journal.record(block, differing)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def end_journal(self) -> None:
+        """Say that from here on files change which the journal calls finished: it is removed."""
+        self._end_journal()
+        remove_journals(self.partial)
+
+    def publish(self) -> None:
+        """Sync everything to storage and give the directory its name, in one step.
+
+        Raises:
+            OutputError: If anything fails; what was there before is untouched.
+            AfterPublishError: If the output is in place, but the storage did not confirm it or
+                the replaced directory could not be removed.
+        """
+        self._end_journal()
+        try:
+            for model in self.models:
+                model.sync()
+            remove_journals(self.partial)
+            for directory in _directories(self.partial):
+                _sync_directory(directory)
+            replaced = self._rename()
+        except OSError as error:
+            raise self._failed(error) from error
+        self._published = True
+        try:
+            for parent in {self.output.parent, *(made.parent for made in self._made_parents)}:
+                _sync_directory(parent)
+            if replaced:
+                shutil.rmtree(self.partial)
+        except OSError as error:
+            left = f"; what it replaced is in {self.partial}" if replaced else ""
+            raise AfterPublishError(
+                f"{self._shown}: is published and whole, but then: {error.strerror}{left}"
+            ) from error
+        finally:
+            self._close()
+
+    def _rename(self) -> bool:
+        """Move the partial directory into place; return whether it now holds the replaced one."""
+        exists = os.path.lexists(self.output)
+        if exists and not self._overwrite:
+            raise OutputError(
+                f"{self._shown}: appeared while it was being written; nothing replaced"
+            )
+        if exists:
+            check_replaceable(self.output)
+            # after the exchange it bears the partial directory's name: no other run may take it
+            replaced = _locked(self.output)
+            if replaced is None:
+                raise OutputError(
+                    f"{self._shown}: another ckptavg run is publishing it at this moment"
+                )
+            self._replaced = replaced
+        try:
+            _renameat2(self.partial, self.output, _RENAME_EXCHANGE if exists else _RENAME_NOREPLACE)
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                raise OutputError(
+                    f"{self._shown}: appeared while it was being written; nothing replaced"
+                ) from error
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+                raise
+            if exists:
+                raise OutputError(
+                    f"{self._shown}: this file system cannot exchange two directories in one step; "
+                    "remove the old output first"
+                ) from error
+            self.partial.rename(self.output)  # fails on anything but an empty directory
+        return exists
+
+    # -- making and recovering
+
+    def _make(self) -> None:
+        missing = []
+        parent = self.output.parent
+        while not parent.exists():
+            missing.append(parent)
+            parent = parent.parent
+        for directory in reversed(missing):
+            if not directory.is_dir():
+                directory.mkdir(exist_ok=True)
+                self._made_parents.append(directory)
+        self._lock_partial()
+        if _can_lock(self._directory):
+            self._clear_others()
+            if self._recover():
+                return
+            for entry in self.partial.iterdir():  # of a run that was killed before it got anywhere
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for model in self.models:
+            try:
+                model.create()
+            except FileExistsError as error:  # only where the file system has no locks
+                raise OutputError(
+                    f"{self.partial}: is there already; if no other run writes it, remove it"
+                ) from error
+
+    def _lock_partial(self) -> None:
+        """Make the partial directory, or take over a dead run's; hold it alone."""
+        while True:
+            try:
+                self.partial.mkdir()
+                self._owns_partial = True
+            except FileExistsError:
+                self._owns_partial = False
+            descriptor = _locked(self.partial)
+            if descriptor is None:
+                self._owns_partial = False
+                raise OutputError(
+                    f"{self._shown}: another ckptavg run is writing it at this moment"
+                )
+            self._directory = descriptor
+            if _is_same(descriptor, self.partial):  # else it was moved or removed meanwhile
+                break
+            os.close(descriptor)
+            self._directory = -1
+        self._owns_partial |= _can_lock(self._directory)  # else the rename lets one writer win
+
+    def _clear_others(self) -> None:
+        """Remove what runs with other inputs or options left behind, unless they are alive."""
+        for stale in self.output.parent.glob(f"{glob.escape(self.output.name)}.partial-*"):
+            if stale == self.partial or not _PARTIAL_SUFFIX.search(stale.name):
+                continue
+            was_continuable = bool(read_journals(stale))
+            if _remove_if_free(stale) and was_continuable:
+                self.notes.append(
+                    f"{self._shown}: an interrupted run had other inputs or options; what it left "
+                    "was removed, and this one started afresh"
+                )
+
+    def _recover(self) -> bool:
+        """Take over what an interrupted run of the same plan finished; tell whether it had."""
+        finished = read_journals(self.partial)
+        if not finished or not finished.keys() <= set(range(self._n_blocks)):
+            return False
+        if not all(model.reopen() for model in self.models):
+            for model in self.models:
+                model.close()
+            return False
+        for model in self.models:  # all but weights is made anew
+            weights = model.weight_filenames()
+            for entry in model.directory.iterdir():
+                if entry.name in weights or entry.name.startswith(JOURNAL_PREFIX):
+                    continue
+                if entry.is_dir() and entry not in [other.directory for other in self.models]:
+                    shutil.rmtree(entry)
+                elif not entry.is_dir():
+                    entry.unlink()
+        for model in self.models:
+            model.sync()  # the journal that begins now vouches for all of it
+        self.finished = finished
+        remove_journals(self.partial)
+        self.notes.append(
+            f"{self._shown}: continued an interrupted run; {self._share(finished)} of it was done"
+        )
+        return True
+
+    def _write_back(self) -> None:
+        """Keep the storage busy while the average goes on, and vouch for what it holds."""
+        next_sync = monotonic() + _SYNC_SECONDS
+        while not self._stop_writeback.wait(_WRITEBACK_SECONDS):
+            for model in self.models:
+                model.start_writeback()
+            if monotonic() > next_sync and self._journal is not None:
+                with suppress(OSError):  # all is synced, and checked, before publishing
+                    self._journal.sync(
+                        descriptor for model in self.models for descriptor in model.descriptors
+                    )
+                next_sync = monotonic() + _SYNC_SECONDS
+
+    # -- ending
+
+    def _end_journal(self) -> None:
+        self._stop_writeback.set()
+        if self._writeback is not None:
+            self._writeback.join()
+            self._writeback = None
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+
+    def _leave_unpublished(self, error: BaseException | None) -> None:
+        """After an interruption keep what can be continued; else leave nothing behind."""
+        finished = read_journals(self.partial) if self._owns_partial else {}
+        if not finished or error is None or isinstance(error, Exception):
+            self._abandon()
+            return
+        error.add_note(
+            f"{self._share(finished)} of the average is kept in {self.partial.name}; "
+            "the same command continues it"
+        )
+        self._close()
+
+    def _share(self, finished: Mapping[int, Differing]) -> str:
+        return f"{100 * len(finished) / max(self._n_blocks, 1):.0f} %"
+
+    def _is_in_place(self) -> bool:
+        """Tell whether the rename happened, also if a signal came right after it."""
+        return self._directory >= 0 and _is_same(self._directory, self.output)
+
+    def _abandon(self) -> None:
+        for model in self.models:
+            model.close()
+        if self._owns_partial:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        self._close()
+        for directory in reversed(self._made_parents):
+            try:
+                directory.rmdir()
+            except OSError:
+                break
+
+    def _close(self) -> None:
+        for model in self.models:
+            model.close()
+        for descriptor in (self._directory, self._replaced):
+            if descriptor >= 0:
+                os.close(descriptor)  # and unlock
+        self._directory = self._replaced = -1
+
+    def _failed(self, error: OSError) -> OutputError:
+        reason = (error.strerror or str(error)).lower()
+        return OutputError(f"{self._shown}: cannot be written: {reason}; nothing was published")
+
+
+def _directories(root: Path) -> Iterator[Path]:
+    """Yield a directory and those in it, the inner ones first."""
+    for entry in root.iterdir():
+        if entry.is_dir():
+            yield from _directories(entry)
+    yield root
+
+
+def _locked(directory: Path) -> int | None:
+    """Open a directory and lock it; None if another process holds the lock.
+
+    On a file system without locks the directory is open and not locked.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            os.close(descriptor)
+            return None
+        if error.errno not in _NO_LOCKS:
+            os.close(descriptor)
+            raise
+    return descriptor
+
+
+def _can_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _is_same(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
+
+
+def _remove_if_free(stale: Path) -> bool:
+    """Remove what a run left behind, unless a living one holds it; tell whether it is gone."""
+    try:
+        descriptor = _locked(stale)
+    except OSError:
+        return False
+    if descriptor is None:
+        return False
+    if _can_lock(descriptor) and _is_same(descriptor, stale):
+        shutil.rmtree(stale, ignore_errors=True)
+    os.close(descriptor)
+    return not stale.exists()
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot sync directories
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _renameat2(source: Path, target: Path, flags: int) -> None:
+    """Call renameat2(2): a rename that refuses to replace, or exchanges two names, in one step."""
+    library = ctypes.CDLL(None, use_errno=True)
+    function = getattr(library, "renameat2", None)
+    if function is None:
+        raise OSError(errno.ENOSYS, "renameat2 is not available")
+    if function(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
