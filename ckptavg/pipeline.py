@@ -466,7 +466,7 @@ def _average_together(
         )
         for checkpoint in prepared.checkpoints:
             checkpoint.check_unchanged()
-        if processes.size > 1:  # what another host wrote must be there before it is published
+        if processes.size > processes.local_size:  # what other hosts wrote must reach the storage
             for model in directory.models:
                 model.sync()
         found = sorted(set().union(*directory.finished.values()))

@@ -6,6 +6,7 @@ failed. If one fails, all stop; if one dies, the others notice when they next me
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -23,7 +24,8 @@ T = TypeVar("T")
 
 _MEETING_TIMEOUT = timedelta(days=7)  # a rank may wait that long for one with more to do
 _LOOK_SECONDS = 0.5
-_FAILED_KEY = "ckptavg/failed"
+_FAILED_KEY = "failed"
+_RUN_NUMBERS = itertools.count()
 _MEMBERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -170,7 +172,8 @@ def joined_processes(*, distributed: bool) -> Iterator[Processes]:
         raise UsageError("distributed: this process already belongs to a process group")
     try:
         store, rank, size = next(rendezvous("env://"))
-        store = PrefixStore("ckptavg", store)
+        # words of an earlier run in these processes must not be taken for those of this one
+        store = PrefixStore(f"ckptavg/{next(_RUN_NUMBERS)}", store)
         torch_distributed.init_process_group(
             "gloo", store=store, rank=rank, world_size=size, timeout=_MEETING_TIMEOUT
         )

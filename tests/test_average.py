@@ -315,7 +315,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_noticed(tmp_path: Path, device:
     with pytest.raises(CheckpointError, match="changed while being read"):
         average_checkpoints(
             paths, tmp_path / "out", device=device, progress=truncate, n_threads=1,
-            memory_budget_bytes=24 * 2**20,
+            memory_budget_bytes=(24 if device == "cpu" else 64) * 2**20,
         )  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c0.safetensors", "c1.safetensors"]
 

@@ -1,9 +1,11 @@
 """Memory is a promise with a number: anonymous memory of a fresh process, flat in everything."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,17 +15,23 @@ MB = 10**6
 CHECKPOINT_MB = 200
 BUDGET_MB = 64
 
-# samples RssAnon while averaging; prints the largest, and what numpy alone takes, in bytes
+# samples RssAnon while averaging; prints the largest, what numpy (or CUDA, too) takes alone, and
+# what the plan says, in bytes
 PROBE = """
-import re, sys, threading, numpy
+import json, re, sys, threading, numpy
 from pathlib import Path
+from typing import Any, NamedTuple
 
 def anonymous():
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"RssAnon:\\s*(\\d+)", status)[1]) * 1024
 
+output, options, sources = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
+if options["device"] == "cuda":
+    import torch
+    torch.empty(0, device="cuda")
 baseline = anonymous()
-from ckptavg import average_checkpoints
+from ckptavg.pipeline import Recipe, average_checkpoints, chosen_schemes, prepared_average
 
 largest, done = 0, threading.Event()
 def watch():
@@ -32,11 +40,17 @@ def watch():
         largest = max(largest, anonymous())
 thread = threading.Thread(target=watch)
 thread.start()
-average_checkpoints(sys.argv[3:], sys.argv[1], memory_budget_bytes=int(sys.argv[2]), overwrite=True)
+result = average_checkpoints(sources, output, overwrite=True, **options)
 done.set()
 thread.join()
-assert "torch" not in sys.modules
-print(max(largest, anonymous()), baseline)
+assert options["device"] == "cuda" or "torch" not in sys.modules
+recipe = Recipe(schemes=chosen_schemes(options.pop("schemes", ()), None))
+with prepared_average(sources, output, recipe, overwrite=True, **options) as prepared:
+    workspace = prepared.workspace
+print(json.dumps([
+    max(largest, anonymous()) - baseline, workspace.host_nbytes, workspace.max_host_nbytes,
+    result.peak_device_bytes, workspace.device_nbytes,
+]))
 """
 
 
@@ -63,13 +77,31 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path
     return paths
 
 
-def peak(paths: list[Path], output: Path, budget: int) -> tuple[int, int]:
+class Measured(NamedTuple):
+    host_nbytes: int
+    promised_host_nbytes: int
+    promised_max_host_nbytes: int
+    device_nbytes: int | None
+    promised_device_nbytes: int
+
+
+def measured(paths: list[Path], output: Path, **options: Any) -> Measured:
     result = subprocess.run(
-        [sys.executable, "-c", PROBE, str(output), str(budget), *map(str, paths)],
+        [
+            sys.executable, "-c", PROBE, str(output), json.dumps({"device": "cpu", **options}),
+            *map(str, paths),
+        ],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    largest, baseline = map(int, result.stdout.split())
-    return largest, baseline
+    return Measured(*json.loads(result.stdout))
+
+
+EIGHT = [
+    "uniform",
+    "uniform:last=2",
+    "uniform:first=3",
+    *(f"c{n}=coefficients:{n / 10},{1 - n / 10},0,0" for n in range(1, 6)),
+]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
@@ -79,9 +111,11 @@ def test_memory_stays_within_the_budget_and_does_not_grow_with_checkpoints(
     peaks = []
     for suffix in ("safetensors", "pt"):
         for count in (4, 16):
-            largest, baseline = peak(checkpoints[suffix][:count], tmp_path / "out", BUDGET_MB * MB)
-            assert largest <= baseline + BUDGET_MB * MB, (suffix, count)
-            peaks.append(largest)
+            found = measured(
+                checkpoints[suffix][:count], tmp_path / "out", memory_budget_bytes=BUDGET_MB * MB
+            )
+            assert found.host_nbytes <= found.promised_max_host_nbytes <= BUDGET_MB * MB
+            peaks.append(found.host_nbytes)
     assert max(peaks) <= 1.1 * min(peaks), peaks
 
 
@@ -93,8 +127,25 @@ def test_channels_last_weights_are_read_within_the_budget(tmp_path: Path) -> Non
     for index in range(3):
         paths.append(tmp_path / f"epoch-{index}.pt")
         torch.save({"conv": weight, "linear": transposed}, paths[-1])
-    largest, baseline = peak(paths, tmp_path / "out", BUDGET_MB * MB)
-    assert largest <= baseline + BUDGET_MB * MB
+    found = measured(paths, tmp_path / "out", memory_budget_bytes=BUDGET_MB * MB)
+    assert found.host_nbytes <= BUDGET_MB * MB
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("schemes", [["uniform"], EIGHT], ids=["one average", "eight"])
+def test_the_plan_tells_the_memory_that_a_run_takes(
+    checkpoints: dict[str, list[Path]], tmp_path: Path, schemes: list[str], device: str
+) -> None:
+    found = measured(
+        checkpoints["safetensors"][:4], tmp_path / "out",
+        schemes=schemes, device=device, n_threads=2 if device == "cpu" else None,
+    )  # fmt: skip
+    # interpreters differ by some megabytes, which weigh where the buffers are few
+    assert found.host_nbytes == pytest.approx(found.promised_host_nbytes, rel=0.1, abs=4 * MB)
+    assert found.host_nbytes <= 512 * 2**20
+    if found.device_nbytes is not None:
+        assert found.device_nbytes == pytest.approx(found.promised_device_nbytes, rel=0.1)
+        assert found.device_nbytes <= 2**30
 
 
 @pytest.mark.gpu

@@ -29,7 +29,8 @@ _FEW_THREADS = 4  # more of them get larger chunks: they would wait for Python's
 _MIN_CHUNK_NBYTES = 64 * 1024
 _MAX_THREADS = 8  # more gain nothing, for the same reason
 _MAX_WAITING_THREADS = 16
-_FIXED_NBYTES = 1 * MiB  # interpreter objects: threads, pieces
+_FIXED_NBYTES = 5 * MiB  # code, threads, headers and plan of a usual model
+_STACK_NBYTES = 256 * 1024  # of a thread: its stack, its arena
 _TRIAL_SECONDS = 0.25  # of reading, after which it is clear whether it waits for the storage
 
 
@@ -167,4 +168,4 @@ def _thread_nbytes(plan: AveragePlan, chunk_nbytes: int) -> int:
     ]
     taken = max((one.nbytes for one in plan.blocks if one.action is Action.TAKE), default=0)
     comparing = 2 * min(taken, chunk_nbytes, TAKE_CHUNK_NBYTES)
-    return max(arithmetic, default=0) + comparing + plan.read_scratch_nbytes
+    return _STACK_NBYTES + max(arithmetic, default=0) + comparing + plan.read_scratch_nbytes

@@ -45,13 +45,14 @@ _CHUNK_NBYTES = 16 * MiB
 _MIN_CHUNK_NBYTES = 256 * 1024
 _MAX_SLOTS = 20
 _MIN_SLOTS = 3
-_MAX_READERS = 12
-_WRITERS = 4
+_MAX_READERS = 14
+_WRITERS = 3
 _MAX_WRITERS = 8
 _SPARE_OUTPUTS = 2  # device outputs beyond those that writers hold
 _MAX_DEVICE_NBYTES = 1000 * MiB
 _ALIGNMENT = 512
-_FIXED_NBYTES = 8 * MiB
+_FIXED_NBYTES = 50 * MiB  # code, threads, headers, plan, and the kernels that CUDA loads
+_FIXED_DEVICE_NBYTES = 1 * MiB  # what the allocator rounds up, divisors
 _POLL_SECONDS = 0.1
 
 T = TypeVar("T")
@@ -83,7 +84,8 @@ def size_cuda_workspace(
             for dtype, output in plan.arithmetic_dtypes
         ]
         outputs = (_n_writers(plan) + _SPARE_OUTPUTS) * _output_nbytes(plan, chunk_nbytes)
-        return max(arithmetic, default=0) + slots * chunk_nbytes + outputs
+        inputs = slots * chunk_nbytes
+        return _FIXED_DEVICE_NBYTES + max(arithmetic, default=0) + inputs + outputs
 
     def is_too_much() -> bool:
         return host_nbytes() > memory_budget_bytes or device_nbytes() > _MAX_DEVICE_NBYTES

@@ -240,7 +240,7 @@ def workspace_nbytes(
     n_sums = len(sums)
     numel = chunk_nbytes // dtype.itemsize + 2
     per_element = dtype.itemsize + n_sums * total.itemsize + output_dtype.itemsize
-    if needs_products(sums):
+    if needs_products(sums) or any(one.goes_on for one in sums):
         per_element += total.itemsize
     is_plain = dtype is output_dtype or output_dtype is not BFLOAT16
     magnitudes = [output_dtype.itemsize if is_plain else 4]

@@ -71,11 +71,8 @@ def running_sums(rows: Sequence[CoefficientRow]) -> list[RunningSum]:
 
 
 def needs_products(sums: Sequence[RunningSum]) -> bool:
-    """Tell whether values are multiplied before they are added, or totals divided elsewhere."""
-    return any(
-        one.goes_on or any(value != 1 for value in list(one.multipliers.values())[1:])
-        for one in sums
-    )
+    """Tell whether values are multiplied before they are added."""
+    return any(value != 1 for one in sums for value in list(one.multipliers.values())[1:])
 
 
 def sum_of_row(sums: Sequence[RunningSum]) -> dict[int, int]:

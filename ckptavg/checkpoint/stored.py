@@ -44,7 +44,7 @@ class StoredCheckpoint:
     def read_scratch_nbytes(self) -> int:
         """Nothing, unless a tensor has to be put into row-major order."""
         strided = any(place.strides is not None for place in self.places.values())
-        return READ_SCRATCH_BYTES if strided else 0
+        return 2 * READ_SCRATCH_BYTES if strided else 0  # the allocator keeps what was freed
 
     def read_into(self, pieces: Sequence[Piece], buffer: memoryview) -> None:
         """Fill ``buffer`` with the pieces; see the protocol."""

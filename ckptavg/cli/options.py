@@ -119,7 +119,7 @@ machine_options = _combined(
     click.option(
         "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]",
         help="Where the arithmetic runs, for example cuda:1; auto takes a GPU where there is one "
-        "and it pays (a model to run, or 20 GB to read).",
+        "and it pays (a model to run, or 40 GB to read).",
     ),
     click.option(
         "--memory", type=ByteSize(), default="512MiB", show_default=True,
