@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from threading import Lock
 
+from ckptavg.blocks import Differing
 from ckptavg.checkpoint.files import open_descriptor
-from ckptavg.plan import Differing
 
 JOURNAL_PREFIX = ".ckptavg-journal-"
 

@@ -4,14 +4,12 @@ Everything is written into ``OUT.partial-<fingerprint>/`` beside the output, syn
 and renamed. OUT either does not exist, is what it was before, or is complete.
 """
 
-import ctypes
 import errno
-import fcntl
 import glob
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
@@ -19,7 +17,19 @@ from time import monotonic
 from types import TracebackType
 from typing import Self
 
+from ckptavg.blocks import Differing
 from ckptavg.destination import check_replaceable
+from ckptavg.directories import (
+    RENAME_EXCHANGE,
+    RENAME_NOREPLACE,
+    bottom_up,
+    can_lock,
+    is_same,
+    open_locked,
+    remove_if_free,
+    rename,
+    sync_directory,
+)
 from ckptavg.errors import AfterPublishError, OutputError
 from ckptavg.journal import (
     JOURNAL_PREFIX,
@@ -27,12 +37,10 @@ from ckptavg.journal import (
     read_journals,
     remove_journals,
 )
-from ckptavg.plan import AveragePlan, Differing
+from ckptavg.plan import AveragePlan
 from ckptavg.writer import ModelWriter
 
 _PARTIAL_SUFFIX = re.compile(r"\.partial-[0-9a-f]{16}$")
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
-_RENAME_NOREPLACE, _RENAME_EXCHANGE, _AT_FDCWD = 1, 2, -100
 _WRITEBACK_SECONDS = 0.05
 _SYNC_SECONDS = 30.0  # how much work a failure of the machine may cost
 
@@ -162,15 +170,15 @@ class OutputDirectory:
             for model in self.models:
                 model.sync()
             remove_journals(self.partial)
-            for directory in _directories(self.partial):
-                _sync_directory(directory)
+            for directory in bottom_up(self.partial):
+                sync_directory(directory)
             replaced = self._rename()
         except OSError as error:
             raise self._failed(error) from error
         self._published = True
         try:
             for parent in {self.output.parent, *(made.parent for made in self._made_parents)}:
-                _sync_directory(parent)
+                sync_directory(parent)
             if replaced:
                 shutil.rmtree(self.partial)
         except OSError as error:
@@ -191,14 +199,14 @@ class OutputDirectory:
         if exists:
             check_replaceable(self.output)
             # after the exchange it bears the partial directory's name: no other run may take it
-            replaced = _locked(self.output)
+            replaced = open_locked(self.output)
             if replaced is None:
                 raise OutputError(
                     f"{self._shown}: another ckptavg run is publishing it at this moment"
                 )
             self._replaced = replaced
         try:
-            _renameat2(self.partial, self.output, _RENAME_EXCHANGE if exists else _RENAME_NOREPLACE)
+            rename(self.partial, self.output, RENAME_EXCHANGE if exists else RENAME_NOREPLACE)
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
                 raise OutputError(
@@ -227,7 +235,7 @@ class OutputDirectory:
                 directory.mkdir(exist_ok=True)
                 self._made_parents.append(directory)
         self._lock_partial()
-        if _can_lock(self._directory):
+        if can_lock(self._directory):
             self._clear_others()
             if self._recover():
                 return
@@ -249,18 +257,18 @@ class OutputDirectory:
                 self._owns_partial = True
             except FileExistsError:
                 self._owns_partial = False
-            descriptor = _locked(self.partial)
+            descriptor = open_locked(self.partial)
             if descriptor is None:
                 self._owns_partial = False
                 raise OutputError(
                     f"{self._shown}: another ckptavg run is writing it at this moment"
                 )
             self._directory = descriptor
-            if _is_same(descriptor, self.partial):  # else it was moved or removed meanwhile
+            if is_same(descriptor, self.partial):  # else it was moved or removed meanwhile
                 break
             os.close(descriptor)
             self._directory = -1
-        self._owns_partial |= _can_lock(self._directory)  # else the rename lets one writer win
+        self._owns_partial |= can_lock(self._directory)  # else the rename lets one writer win
 
     def _clear_others(self) -> None:
         """Remove what runs with other inputs or options left behind, unless they are alive."""
@@ -268,7 +276,7 @@ class OutputDirectory:
             if stale == self.partial or not _PARTIAL_SUFFIX.search(stale.name):
                 continue
             was_continuable = bool(read_journals(stale))
-            if _remove_if_free(stale) and was_continuable:
+            if remove_if_free(stale) and was_continuable:
                 self.notes.append(
                     f"{self._shown}: an interrupted run had other inputs or options; what it left "
                     "was removed, and this one started afresh"
@@ -342,7 +350,7 @@ class OutputDirectory:
 
     def _is_in_place(self) -> bool:
         """Tell whether the rename happened, also if a signal came right after it."""
-        return self._directory >= 0 and _is_same(self._directory, self.output)
+        return self._directory >= 0 and is_same(self._directory, self.output)
 
     def _abandon(self) -> None:
         for model in self.models:
@@ -367,80 +375,3 @@ class OutputDirectory:
     def _failed(self, error: OSError) -> OutputError:
         reason = (error.strerror or str(error)).lower()
         return OutputError(f"{self._shown}: cannot be written: {reason}; nothing was published")
-
-
-def _directories(root: Path) -> Iterator[Path]:
-    """Yield a directory and those in it, the inner ones first."""
-    for entry in root.iterdir():
-        if entry.is_dir():
-            yield from _directories(entry)
-    yield root
-
-
-def _locked(directory: Path) -> int | None:
-    """Open a directory and lock it; None if another process holds the lock.
-
-    On a file system without locks the directory is open and not locked.
-    """
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            os.close(descriptor)
-            return None
-        if error.errno not in _NO_LOCKS:
-            os.close(descriptor)
-            raise
-    return descriptor
-
-
-def _can_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _is_same(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except OSError:
-        return False
-
-
-def _remove_if_free(stale: Path) -> bool:
-    """Remove what a run left behind, unless a living one holds it; tell whether it is gone."""
-    try:
-        descriptor = _locked(stale)
-    except OSError:
-        return False
-    if descriptor is None:
-        return False
-    if _can_lock(descriptor) and _is_same(descriptor, stale):
-        shutil.rmtree(stale, ignore_errors=True)
-    os.close(descriptor)
-    return not stale.exists()
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot sync directories
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _renameat2(source: Path, target: Path, flags: int) -> None:
-    """Call renameat2(2): a rename that refuses to replace, or exchanges two names, in one step."""
-    library = ctypes.CDLL(None, use_errno=True)
-    function = getattr(library, "renameat2", None)
-    if function is None:
-        raise OSError(errno.ENOSYS, "renameat2 is not available")
-    if function(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))

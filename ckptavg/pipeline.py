@@ -6,10 +6,9 @@ sources -> checkpoints (headers only) -> plan -> average -> writer -> [BatchNorm
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,21 +17,19 @@ from ckptavg.average import (
     DEFAULT_MEMORY_BUDGET_BYTES,
     Job,
     Timings,
-    Workspace,
     average,
-    choose_device,
-    size_workspace,
 )
-from ckptavg.checkpoint import Checkpoint, normalise_names, open_checkpoint
+from ckptavg.checkpoint import Checkpoint, open_checkpoint
 from ckptavg.checkpoint.directory import read_json
-from ckptavg.destination import PROVENANCE_NAME, check_destination
+from ckptavg.destination import PROVENANCE_NAME
 from ckptavg.errors import ProcessError, UsageError
 from ckptavg.memory import peak_device_bytes, peak_host_bytes
 from ckptavg.output import OutputDirectory
-from ckptavg.plan import DEFAULT_MAX_SHARD_BYTES, AveragePlan, plan_average
+from ckptavg.plan import DEFAULT_MAX_SHARD_BYTES
+from ckptavg.prepare import Prepared, chosen_schemes, prepared_average
 from ckptavg.processes import Processes, joined_processes
 from ckptavg.provenance import provenance, weight_file_metadata
-from ckptavg.recipe import Accumulate, Buffers, OutputDType, Recipe, Scheme, parse_scheme
+from ckptavg.recipe import Accumulate, Buffers, OutputDType, Recipe, Scheme
 from ckptavg.results import (
     AverageResult,
     BnPass,
@@ -42,33 +39,13 @@ from ckptavg.results import (
     Source,
     StageTimes,
 )
-from ckptavg.side_files import SideFile, copy_side_files, find_side_files
-from ckptavg.sources import close_all, expand_sources, open_sources, order_by_position
+from ckptavg.side_files import copy_side_files
+from ckptavg.sources import expand_sources
 
 if TYPE_CHECKING:
     from ckptavg.batchnorm import BnReport
 
-    # directory of an average, what messages call it, progress -> report, statistics
-    RunBnPass = Callable[
-        [Path, str, Callable[[int], None]], tuple[BnReport, list[tuple[str, bytes]]]
-    ]
-
 _FEW_SAMPLES_A_BATCH = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """Everything decided, nothing read: what ``--dry-run`` shows.
-
-    ``side_files`` has a list for each output of the plan.
-    """
-
-    checkpoints: Sequence[Checkpoint]
-    plan: AveragePlan
-    workspace: Workspace
-    side_files: Sequence[Sequence[SideFile]]
-    run_bn_pass: RunBnPass | None
-    notes: tuple[str, ...]
 
 
 def average_checkpoints(
@@ -205,98 +182,6 @@ def average_checkpoints(
         peak_device_bytes=peak_device_bytes(workspace.device),
         notes=notes,
     )
-
-
-def chosen_schemes(
-    schemes: str | Scheme | Sequence[str | Scheme], coefficients: Sequence[float] | None
-) -> tuple[Scheme, ...]:
-    """Return the schemes that the arguments ask for, the uniform mean if none."""
-    given = [schemes] if isinstance(schemes, (str, Scheme)) else list(schemes)
-    if coefficients is not None:
-        if given:
-            raise UsageError("coefficients are a scheme of their own: pass coefficients or schemes")
-        given = [Scheme(name="coefficients", coefficients=tuple(coefficients))]
-    parsed = [one if isinstance(one, Scheme) else parse_scheme(one) for one in given]
-    return tuple(parsed) or (Scheme(),)
-
-
-@contextmanager
-def prepared_average(
-    sources: Source | Sequence[Source],
-    output: Source,
-    recipe: Recipe,
-    *,
-    state_key: str | None = None,
-    strip_prefixes: Sequence[str] = (),
-    device: str = "auto",
-    memory_budget_bytes: int = DEFAULT_MEMORY_BUDGET_BYTES,
-    n_threads: int | None = None,
-    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
-    overwrite: bool = False,
-    include_code: bool = True,
-    batchnorm: BnPass | None = None,
-    processes: Processes | None = None,
-) -> Iterator[Prepared]:
-    """Open the sources, decide everything from headers, and close them at the end.
-
-    Args as in ``average_checkpoints``; explicit coefficients follow the order of the sources.
-    """
-    processes = processes or Processes()
-    for name, value in (
-        ("n_threads", n_threads),
-        ("memory_budget_bytes", memory_budget_bytes),
-        ("max_shard_bytes", max_shard_bytes),
-    ):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} is {value}, expected at least 1")
-    opened, notes = open_sources(sources, state_key=state_key)
-    try:
-        order = order_by_position(opened)
-        if order != list(range(len(opened))):
-            notes.append("checkpoints are in the order of training, not as typed")
-            recipe = recipe.reordered(order)
-        checkpoints, naming_notes = normalise_names(
-            [opened[index] for index in order], strip_prefixes
-        )
-        plan = plan_average(
-            checkpoints, recipe, max_shard_bytes=max_shard_bytes, notes=[*notes, *naming_notes]
-        )
-        workspace = size_workspace(
-            plan,
-            choose_device(
-                device,
-                read_nbytes=plan.read_nbytes // processes.size,
-                runs_model=batchnorm is not None,
-                local_rank=processes.local_rank,
-            ),
-            memory_budget_bytes=memory_budget_bytes,
-            n_threads=n_threads,
-            local_size=processes.local_size,
-        )
-        check_destination(
-            Path(output),
-            overwrite=overwrite,
-            needed_bytes=plan.write_nbytes,
-            inputs=[file for files in plan.files for file in files],
-            input_directories=[one.directory for one in checkpoints if one.directory],
-        )
-        side_files, side_notes = [], dict[str, None]()
-        for one in plan.outputs:
-            files, found_notes = find_side_files(
-                checkpoints[one.row.used[-1]].directory, include_code=include_code
-            )
-            side_files.append(files)
-            side_notes.update(dict.fromkeys(found_notes))
-        yield Prepared(
-            checkpoints=checkpoints,
-            plan=plan,
-            workspace=workspace,
-            side_files=side_files,
-            run_bn_pass=_bn_pass(batchnorm, checkpoints[-1], plan, workspace.device),
-            notes=(*side_notes, *_batchnorm_due(plan, batchnorm)),
-        )
-    finally:
-        close_all(opened)
 
 
 def recompute_bn(
@@ -485,19 +370,6 @@ def _average_together(
     )
 
 
-def _bn_pass(
-    batchnorm: BnPass | None, checkpoint: Checkpoint, plan: AveragePlan, device: str
-) -> RunBnPass | None:
-    """Build the user's model; return what will run the BatchNorm pass on a written average."""
-    if batchnorm is None:
-        return None
-    # imported here: importing torch takes longer than averaging most models
-    from ckptavg.bn_pass import build_model, check_repeatable, recompute_written
-
-    check_repeatable(batchnorm, len(plan.outputs))
-    return partial(recompute_written, build_model(batchnorm, checkpoint, device), batchnorm, plan)
-
-
 def _recompute_bn(
     prepared: Prepared,
     directory: OutputDirectory,
@@ -562,15 +434,6 @@ def _earlier_provenance(checkpoint: Checkpoint) -> dict[str, Any] | None:
         return None
     path = Path(checkpoint.directory) / PROVENANCE_NAME
     return read_json(path, str(path))
-
-
-def _batchnorm_due(plan: AveragePlan, batchnorm: BnPass | None) -> list[str]:
-    if batchnorm is not None or not plan.batchnorm_names or plan.n_checkpoints == 1:
-        return []
-    return [
-        f"{len(plan.batchnorm_names)} BatchNorm statistics are averaged with the weights; "
-        "recompute them on training data: pass --model and --data, or run ckptavg recompute-bn"
-    ]
 
 
 def _report_notes(report: BnReport | None) -> list[str]:

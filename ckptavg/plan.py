@@ -7,12 +7,11 @@ for reasons that no header tells: a read error, a non-finite value, a full disk.
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 
 from ckptavg._version import __version__
+from ckptavg.blocks import TAKE_CHUNK_NBYTES, Action, Chunk, TensorPlan, cut_into_blocks
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.compatibility import refuse_differences, refuse_unaveragable, tied_names
 from ckptavg.errors import IncompatibleCheckpointsError
@@ -23,54 +22,13 @@ from ckptavg.tensors import (
     FLOAT32,
     DType,
     FileStamp,
-    Piece,
     TensorInfo,
 )
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
-BLOCK_NBYTES = 16 * 2**20
-TAKE_CHUNK_NBYTES = 2**20
-
-Differing = set[tuple[int, str]]  # output index, name of a copied tensor that differed for it
 
 _LORA_FACTOR = re.compile(r"\.lora_(A|B|embedding_A|embedding_B)\b")
 _BATCHNORM_STATISTIC = re.compile(r"(^|\.)running_(mean|var)$")
-
-
-class Action(Enum):
-    """What becomes of a tensor."""
-
-    AVERAGE = "average"  # the weighted mean, rounded once to the output dtype
-    TAKE = "take"  # integers and bools: copied; where checkpoints differ, from one of them
-    ALIAS = "alias"  # tied: the same bytes as another name, averaged once
-
-
-@dataclass(frozen=True, slots=True)
-class TensorPlan:
-    """One tensor of the output.
-
-    Attributes:
-        name: Its name.
-        info: dtype and shape in the checkpoints.
-        output_dtype: dtype in the output.
-        action: What becomes of it.
-        owner: For an alias, the name it is tied to.
-        shard: Index of its output shard.
-        offset: First byte in the data of that shard.
-    """
-
-    name: str
-    info: TensorInfo
-    output_dtype: DType
-    action: Action
-    owner: str | None
-    shard: int
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the output."""
-        return self.info.numel * self.output_dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,56 +55,6 @@ class OutputPlan:
     scheme: Scheme
     row: CoefficientRow
     take_from: int
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A run of consecutive output elements, small enough to be worked on at once.
-
-    Attributes:
-        block: Number of the block of the plan that it is, or is a part of.
-        pieces: The input bytes, the same in every checkpoint.
-        numel: Number of elements; a complex number counts as two.
-        dtype: dtype of the input elements; complex64 is worked on as pairs of float32.
-        output_dtype: dtype of the output elements.
-        action: AVERAGE or TAKE.
-        destinations: (shard index, first byte in its data) of every place the result goes to.
-    """
-
-    block: int
-    pieces: tuple[Piece, ...]
-    numel: int
-    dtype: DType
-    output_dtype: DType
-    action: Action
-    destinations: tuple[tuple[int, int], ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes read from each checkpoint."""
-        return self.numel * self.dtype.itemsize
-
-    def cut(self, max_nbytes: int) -> Iterator["Chunk"]:
-        """Cut into chunks of at most so many input bytes from one checkpoint, in order.
-
-        Each but the last has an even number of elements, so that pairs of 16-bit values are never
-        split.
-        """
-        max_numel = max(max_nbytes // (2 * self.dtype.itemsize), 1) * 2
-        if self.numel <= max_numel:
-            yield self
-            return
-        runs = _cut_pieces(self.pieces, max_numel * self.dtype.itemsize)
-        for first, pieces in zip(range(0, self.numel, max_numel), runs, strict=True):
-            yield replace(
-                self,
-                pieces=pieces,
-                numel=min(max_numel, self.numel - first),
-                destinations=tuple(
-                    (shard, offset + first * self.output_dtype.itemsize)
-                    for shard, offset in self.destinations
-                ),
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,24 +165,7 @@ class AveragePlan:
         depends on nothing but the plan. Neighbours in the output with the same dtypes and action
         share blocks: thousands of small tensors cost no more than one large one.
         """
-        copies: dict[str, list[TensorPlan]] = {}
-        for tensor in self.with_action(Action.ALIAS):
-            if tensor.owner is not None:
-                copies.setdefault(tensor.owner, []).append(tensor)
-        stored = [
-            tensor
-            for tensor in self.tensors
-            if tensor.action is not Action.ALIAS and tensor.nbytes > 0
-        ]
-
-        def span_key(tensor: TensorPlan) -> tuple[object, ...]:
-            alone = tensor.name if tensor.name in copies else None
-            return tensor.shard, tensor.info.dtype, tensor.output_dtype, tensor.action, alone
-
-        blocks: list[Chunk] = []
-        for _, tensors in groupby(stored, span_key):
-            blocks.extend(_cut_span(list(tensors), copies, len(blocks)))
-        return tuple(blocks)
+        return cut_into_blocks(self.tensors)
 
     def chunks(self, max_nbytes: int, blocks: Iterable[int] | None = None) -> Iterator[Chunk]:
         """Cut blocks into chunks, in the order of the output.
@@ -359,23 +250,6 @@ def plan_average(
     )
 
 
-def _cut_pieces(pieces: Iterable[Piece], nbytes: int) -> Iterator[tuple[Piece, ...]]:
-    """Cut pieces into runs of so many bytes; the last may have fewer."""
-    run: list[Piece] = []
-    room = nbytes
-    for name, start, stop in pieces:
-        while start < stop:
-            end = min(stop, start + room)
-            run.append(Piece(name, start, end))
-            room -= end - start
-            start = end
-            if room == 0:
-                yield tuple(run)
-                run, room = [], nbytes
-    if run:
-        yield tuple(run)
-
-
 def _outputs(recipe: Recipe, n_checkpoints: int) -> tuple[OutputPlan, ...]:
     outputs = []
     for name, scheme in zip(output_names(recipe.schemes), recipe.schemes, strict=True):
@@ -383,31 +257,6 @@ def _outputs(recipe: Recipe, n_checkpoints: int) -> tuple[OutputPlan, ...]:
         take_from = row.used[0 if recipe.buffers == "first" else -1]
         outputs.append(OutputPlan(name, scheme, row, take_from))
     return tuple(outputs)
-
-
-def _cut_span(
-    span: Sequence[TensorPlan], copies: Mapping[str, Sequence[TensorPlan]], first_block: int
-) -> Iterator[Chunk]:
-    """Cut tensors that lie side by side in the output into blocks."""
-    first = span[0]
-    dtype, output_dtype, scale = first.info.dtype, first.output_dtype, 1
-    if dtype.kind == "complex":  # real and imaginary parts are averaged alike
-        dtype, output_dtype, scale = FLOAT32, FLOAT32, 2
-    whole = Chunk(
-        block=first_block,
-        pieces=tuple(
-            Piece(tensor.name, 0, tensor.info.numel * scale * dtype.itemsize) for tensor in span
-        ),
-        numel=sum(tensor.info.numel for tensor in span) * scale,
-        dtype=dtype,
-        output_dtype=output_dtype,
-        action=first.action,
-        destinations=tuple(
-            (tensor.shard, tensor.offset) for tensor in (first, *copies.get(first.name, ()))
-        ),
-    )
-    for number, block in enumerate(whole.cut(BLOCK_NBYTES), start=first_block):
-        yield replace(block, block=number)
 
 
 def _output_dtype(info: TensorInfo, recipe: Recipe) -> DType:

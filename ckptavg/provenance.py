@@ -7,7 +7,8 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-from ckptavg.plan import Action, AveragePlan, OutputPlan
+from ckptavg.blocks import Action
+from ckptavg.plan import AveragePlan, OutputPlan
 
 FORMAT_VERSION = 1
 

@@ -7,9 +7,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from ckptavg.blocks import Action, TensorPlan
 from ckptavg.checkpoint.files import open_descriptor
 from ckptavg.errors import OutputError
-from ckptavg.plan import Action, AveragePlan, TensorPlan
+from ckptavg.plan import AveragePlan
 
 INDEX_NAME = "model.safetensors.index.json"
 _HEADER_ALIGNMENT = 8

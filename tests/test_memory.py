@@ -31,7 +31,8 @@ if options["device"] == "cuda":
     import torch
     torch.empty(0, device="cuda")
 baseline = anonymous()
-from ckptavg.pipeline import Recipe, average_checkpoints, chosen_schemes, prepared_average
+from ckptavg import Recipe, average_checkpoints
+from ckptavg.prepare import chosen_schemes, prepared_average
 
 largest, done = 0, threading.Event()
 def watch():
@@ -154,7 +155,7 @@ def test_device_memory_stays_within_what_the_plan_says(
     checkpoints: dict[str, list[Path]], tmp_path: Path
 ) -> None:
     from ckptavg import Recipe, average_checkpoints
-    from ckptavg.pipeline import prepared_average
+    from ckptavg.prepare import prepared_average
 
     peaks = []
     for count in (4, 16):

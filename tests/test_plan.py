@@ -10,8 +10,9 @@ from conftest import save_checkpoint
 from torch import Tensor
 
 from ckptavg import IncompatibleCheckpointsError, Recipe, open_checkpoint, plan_average
+from ckptavg.blocks import Action
 from ckptavg.checkpoint import Checkpoint
-from ckptavg.plan import Action, AveragePlan
+from ckptavg.plan import AveragePlan
 
 
 def opened(tmp_path: Path, *checkpoints: dict[str, Tensor]) -> list[Checkpoint]:

@@ -20,8 +20,8 @@ from ckptavg.processes import Processes, joined_processes, started_by_torchrun
 PRELUDE = """
 import json, os, signal, sys
 from pathlib import Path
-from ckptavg import average_checkpoints, plan
-plan.BLOCK_NBYTES = 4000
+from ckptavg import average_checkpoints, blocks
+blocks.BLOCK_NBYTES = 4000
 rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
 sources = sys.argv[2:]
 """

@@ -47,10 +47,11 @@ def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         tensors = {"w": torch.ones(3), "v": torch.ones(1)}
         save_checkpoint(Path(f"runs/exp7/checkpoint-{step}"), tensors, "sharded safetensors")
     examples = [block for block in blocks("python") if "import ckptavg" in block]
-    assert len(examples) == 2
+    assert len(examples) == 3
     for example in examples:
         exec(compile(example, "README.md", "exec"), {})
     assert Path("averaged/model.safetensors").exists()
+    assert Path("averages/uniform-last2/model.safetensors").exists()
 
 
 def test_files_and_names_the_readme_points_to_are_there() -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ckptavg import BnPass, average_checkpoints
-from ckptavg import plan as plan_module
+from ckptavg import blocks as blocks_module
 from ckptavg.journal import JOURNAL_PREFIX, Journal, read_journals, remove_journals
 
 N_BLOCKS = 10
@@ -22,7 +22,7 @@ N_BLOCKS = 10
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "BLOCK_NBYTES", 4000)
+    monkeypatch.setattr(blocks_module, "BLOCK_NBYTES", 4000)
 
 
 @pytest.fixture
@@ -153,8 +153,8 @@ def test_other_inputs_or_options_start_afresh_and_say_so(
 def test_a_killed_process_is_continued(sources: list[Path], tmp_path: Path) -> None:
     script = (
         "import os, signal, sys\n"
-        "from ckptavg import average_checkpoints, plan\n"
-        "plan.BLOCK_NBYTES = 4000\n"
+        "from ckptavg import average_checkpoints, blocks\n"
+        "blocks.BLOCK_NBYTES = 4000\n"
         "calls = []\n"
         "def die(stage, done, total):\n"
         "    calls.append(done)\n"

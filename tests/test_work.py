@@ -13,7 +13,7 @@ from ckptavg import Recipe, StageTimes, average_checkpoints
 from ckptavg.average import cpu as cpu_module
 from ckptavg.average import work
 from ckptavg.checkpoint.files import PositionalFile
-from ckptavg.pipeline import prepared_average
+from ckptavg.prepare import prepared_average
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from ckptavg import (
     OutputError,
     UsageError,
     average_checkpoints,
+    directories,
     open_checkpoint,
 )
 from ckptavg import output as output_module
@@ -251,14 +252,14 @@ def test_short_writes_are_continued(
 def test_failure_after_publishing_says_so(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sync = output_module._sync_directory
+    sync = directories.sync_directory
 
     def fail_on_parent(path: Path) -> None:
         if path == tmp_path:
             raise OSError(errno.EIO, "Input/output error")
         sync(path)
 
-    monkeypatch.setattr(output_module, "_sync_directory", fail_on_parent)
+    monkeypatch.setattr(output_module, "sync_directory", fail_on_parent)
     with pytest.raises(AfterPublishError) as caught:
         average_checkpoints([source], tmp_path / "out")
     assert str(caught.value) == (
@@ -322,7 +323,7 @@ def test_a_run_never_takes_the_directory_that_another_is_replacing(
 ) -> None:
     """After the exchange the old output bears the partial directory's name."""
     average_checkpoints([source], tmp_path / "out")
-    sync = output_module._sync_directory
+    sync = directories.sync_directory
     refused: list[bool] = []
 
     def start_the_same_run(path: Path) -> None:
@@ -332,7 +333,7 @@ def test_a_run_never_takes_the_directory_that_another_is_replacing(
                 average_checkpoints([source], tmp_path / "out", overwrite=True)
         sync(path)
 
-    monkeypatch.setattr(output_module, "_sync_directory", start_the_same_run)
+    monkeypatch.setattr(output_module, "sync_directory", start_the_same_run)
     average_checkpoints([source], tmp_path / "out", overwrite=True)
     assert refused
     assert sorted(tree(tmp_path / "out")) == ["ckptavg.json", "model.safetensors"]
@@ -343,13 +344,13 @@ def test_an_interruption_right_after_the_rename_is_told_as_published(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     average_checkpoints([source], tmp_path / "out")
-    rename = output_module._renameat2
+    rename = directories.rename
 
     def interrupted(*arguments: Any) -> None:
         rename(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(output_module, "_renameat2", interrupted)
+    monkeypatch.setattr(output_module, "rename", interrupted)
     with pytest.raises(
         AfterPublishError, match="out: is published and whole, but then: KeyboardInterrupt$"
     ):
@@ -365,7 +366,7 @@ def test_file_system_without_exclusive_rename_still_publishes(
     def refuse(*_: Any) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(output_module, "_renameat2", refuse)
+    monkeypatch.setattr(output_module, "rename", refuse)
     average_checkpoints([source], tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").exists()
     with pytest.raises(OutputError, match="cannot exchange two directories in one step"):

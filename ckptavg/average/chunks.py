@@ -14,9 +14,9 @@ from ckptavg.average.floats import (
     is_nonfinite,
 )
 from ckptavg.average.work import Job
+from ckptavg.blocks import Chunk, Differing
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.errors import IncompatibleCheckpointsError
-from ckptavg.plan import Chunk, Differing
 from ckptavg.tensors import COMPLEX64, FLOAT32, FLOAT64, Piece
 
 _PART_NUMEL = 2**16

@@ -21,15 +21,16 @@ from ckptavg.average.work import (
     averaged_chunk_nbytes,
     run_threads,
 )
+from ckptavg.blocks import TAKE_CHUNK_NBYTES, Action, Chunk
 from ckptavg.errors import MemoryBudgetError
-from ckptavg.plan import TAKE_CHUNK_NBYTES, Action, AveragePlan, Chunk
+from ckptavg.plan import AveragePlan
 
 _CHUNK_NBYTES = 1 * MiB  # input, sums and output stay in the caches
 _FEW_THREADS = 4  # more of them get larger chunks: they would wait for Python's lock too often
 _MIN_CHUNK_NBYTES = 64 * 1024
 _MAX_THREADS = 8  # more gain nothing, for the same reason
 _MAX_WAITING_THREADS = 16
-_FIXED_NBYTES = 5 * MiB  # code, threads, headers and plan of a usual model
+_FIXED_NBYTES = 3_500 * 1024  # code, threads, headers and plan of a usual model
 _STACK_NBYTES = 256 * 1024  # of a thread: its stack, its arena
 _TRIAL_SECONDS = 0.25  # of reading, after which it is clear whether it waits for the storage
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from ckptavg.average.chunks import repair_nonfinite, take_chunk
 from ckptavg.average.cuda_arithmetic import CudaArithmetic, torch_dtype, workspace_nbytes
 from ckptavg.average.floats import bits_view, is_nonfinite
-from ckptavg.average.pinned import PinnedBuffer
+from ckptavg.average.pinned import PinnedBuffer, pinned_nbytes
 from ckptavg.average.work import (
     Job,
     Ledger,
@@ -37,8 +37,9 @@ from ckptavg.average.work import (
     averaged_chunk_nbytes,
     run_threads,
 )
+from ckptavg.blocks import TAKE_CHUNK_NBYTES, Action, Chunk
 from ckptavg.errors import MemoryBudgetError
-from ckptavg.plan import TAKE_CHUNK_NBYTES, Action, AveragePlan, Chunk
+from ckptavg.plan import AveragePlan
 from ckptavg.tensors import DType
 
 _CHUNK_NBYTES = 16 * MiB
@@ -73,10 +74,10 @@ def size_cuda_workspace(
     taken = max((one.nbytes for one in plan.blocks if one.action is Action.TAKE), default=0)
 
     def host_nbytes() -> int:
-        outputs = _n_writers(plan) * _output_nbytes(plan, chunk_nbytes)
+        outputs = _n_writers(plan) * pinned_nbytes(_output_nbytes(plan, chunk_nbytes))
         comparing = 2 * min(taken, chunk_nbytes, TAKE_CHUNK_NBYTES)
         reading = readers * (comparing + plan.read_scratch_nbytes)
-        return _FIXED_NBYTES + slots * chunk_nbytes + outputs + reading
+        return _FIXED_NBYTES + slots * pinned_nbytes(chunk_nbytes) + outputs + reading
 
     def device_nbytes() -> int:
         arithmetic = [

@@ -17,7 +17,7 @@ from ckptavg.average.sums import (
     running_sums,
     sum_of_row,
 )
-from ckptavg.plan import Chunk
+from ckptavg.blocks import Chunk
 from ckptavg.recipe import CoefficientRow
 from ckptavg.tensors import DType
 

@@ -28,9 +28,11 @@ from ckptavg.average.sums import (
     running_sums,
     sum_of_row,
 )
-from ckptavg.plan import Chunk
+from ckptavg.blocks import Chunk
 from ckptavg.recipe import CoefficientRow
 from ckptavg.tensors import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
+
+_CACHE_LINE_NBYTES = 64
 
 
 class NumpyArithmetic:
@@ -223,9 +225,18 @@ class NumpyArithmetic:
         array = self._arrays.get(role)
         if array is None or array.nbytes < nbytes:
             whole = -(-nbytes * self._max_chunk_nbytes // max(self._chunk.nbytes, 1))
-            array = np.empty(max(whole, nbytes) // 8 + 1, np.uint64).view(np.uint8)
-            self._arrays[role] = array
+            array = self._arrays[role] = _aligned_empty(max(whole, nbytes))
         return array[:nbytes].view(dtype)
+
+
+def _aligned_empty(nbytes: int) -> Array:
+    """Return bytes that begin on a cache line.
+
+    Measured on an AMD EPYC: the kernel copies file pages five times slower to some other addresses.
+    """
+    room = np.empty(nbytes + _CACHE_LINE_NBYTES, np.uint8)
+    start = -room.ctypes.data % _CACHE_LINE_NBYTES
+    return room[start : start + nbytes]
 
 
 def workspace_nbytes(

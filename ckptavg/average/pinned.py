@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
+_HUGE_PAGE_NBYTES = 2 * 2**20
+
 
 class PinnedBuffer:
     """Host memory that is page-locked once its pages are there.
@@ -48,6 +50,13 @@ class PinnedBuffer:
     def _use(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
         self.data: memoryview = tensor.numpy().data
+
+
+def pinned_nbytes(nbytes: int) -> int:
+    """Return the memory that a buffer takes: whole huge pages, unless it is smaller than one."""
+    if nbytes < _HUGE_PAGE_NBYTES:
+        return nbytes
+    return -(-nbytes // _HUGE_PAGE_NBYTES) * _HUGE_PAGE_NBYTES
 
 
 def _cuda_runtime() -> Any:

@@ -10,8 +10,9 @@ from threading import Lock, Thread
 from time import perf_counter
 from typing import Protocol
 
+from ckptavg.blocks import Action, Chunk, Differing
 from ckptavg.checkpoint import Checkpoint
-from ckptavg.plan import Action, AveragePlan, Chunk, Differing
+from ckptavg.plan import AveragePlan
 
 MiB = 2**20
 

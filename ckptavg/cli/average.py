@@ -89,7 +89,8 @@ def command(
     SOURCES are checkpoint files (safetensors, torch), model directories, globs, and patterns such
     as step{1000..9000..1000}. They are ordered by training step where all tell theirs.
     """
-    from ckptavg.pipeline import average_checkpoints, chosen_schemes, prepared_average
+    from ckptavg.pipeline import average_checkpoints
+    from ckptavg.prepare import chosen_schemes, prepared_average
     from ckptavg.processes import started_by_torchrun
     from ckptavg.recipe import Recipe
 

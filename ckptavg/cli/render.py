@@ -12,7 +12,7 @@ from ckptavg.errors import AfterPublishError, OutputError, printable
 
 if TYPE_CHECKING:
     from ckptavg.batchnorm import BnReport
-    from ckptavg.pipeline import Prepared
+    from ckptavg.prepare import Prepared
     from ckptavg.results import AverageResult, CheckpointInfo
 
 

@@ -1,0 +1,163 @@
+"""Everything decided, nothing read: what comes before the work, and what ``--dry-run`` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ckptavg.average import (
+    DEFAULT_MEMORY_BUDGET_BYTES,
+    Workspace,
+    choose_device,
+    size_workspace,
+)
+from ckptavg.checkpoint import Checkpoint, normalise_names
+from ckptavg.destination import check_destination
+from ckptavg.errors import UsageError
+from ckptavg.plan import DEFAULT_MAX_SHARD_BYTES, AveragePlan, plan_average
+from ckptavg.processes import Processes
+from ckptavg.recipe import Recipe, Scheme, parse_scheme
+from ckptavg.results import BnPass, Source
+from ckptavg.side_files import SideFile, find_side_files
+from ckptavg.sources import close_all, open_sources, order_by_position
+
+if TYPE_CHECKING:
+    from ckptavg.batchnorm import BnReport
+
+    # directory of an average, what messages call it, progress -> report, statistics
+    RunBnPass = Callable[
+        [Path, str, Callable[[int], None]], tuple[BnReport, list[tuple[str, bytes]]]
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Everything decided, nothing read: what ``--dry-run`` shows.
+
+    ``side_files`` has a list for each output of the plan.
+    """
+
+    checkpoints: Sequence[Checkpoint]
+    plan: AveragePlan
+    workspace: Workspace
+    side_files: Sequence[Sequence[SideFile]]
+    run_bn_pass: RunBnPass | None
+    notes: tuple[str, ...]
+
+
+def chosen_schemes(
+    schemes: str | Scheme | Sequence[str | Scheme], coefficients: Sequence[float] | None
+) -> tuple[Scheme, ...]:
+    """Return the schemes that the arguments ask for, the uniform mean if none."""
+    given = [schemes] if isinstance(schemes, (str, Scheme)) else list(schemes)
+    if coefficients is not None:
+        if given:
+            raise UsageError("coefficients are a scheme of their own: pass coefficients or schemes")
+        given = [Scheme(name="coefficients", coefficients=tuple(coefficients))]
+    parsed = [one if isinstance(one, Scheme) else parse_scheme(one) for one in given]
+    return tuple(parsed) or (Scheme(),)
+
+
+@contextmanager
+def prepared_average(
+    sources: Source | Sequence[Source],
+    output: Source,
+    recipe: Recipe,
+    *,
+    state_key: str | None = None,
+    strip_prefixes: Sequence[str] = (),
+    device: str = "auto",
+    memory_budget_bytes: int = DEFAULT_MEMORY_BUDGET_BYTES,
+    n_threads: int | None = None,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    include_code: bool = True,
+    batchnorm: BnPass | None = None,
+    processes: Processes | None = None,
+) -> Iterator[Prepared]:
+    """Open the sources, decide everything from headers, and close them at the end.
+
+    Args as in ``average_checkpoints``; explicit coefficients follow the order of the sources.
+    """
+    processes = processes or Processes()
+    for name, value in (
+        ("n_threads", n_threads),
+        ("memory_budget_bytes", memory_budget_bytes),
+        ("max_shard_bytes", max_shard_bytes),
+    ):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}, expected at least 1")
+    opened, notes = open_sources(sources, state_key=state_key)
+    try:
+        order = order_by_position(opened)
+        if order != list(range(len(opened))):
+            notes.append("checkpoints are in the order of training, not as typed")
+            recipe = recipe.reordered(order)
+        checkpoints, naming_notes = normalise_names(
+            [opened[index] for index in order], strip_prefixes
+        )
+        plan = plan_average(
+            checkpoints, recipe, max_shard_bytes=max_shard_bytes, notes=[*notes, *naming_notes]
+        )
+        workspace = size_workspace(
+            plan,
+            choose_device(
+                device,
+                read_nbytes=plan.read_nbytes // processes.size,
+                runs_model=batchnorm is not None,
+                local_rank=processes.local_rank,
+            ),
+            memory_budget_bytes=memory_budget_bytes,
+            n_threads=n_threads,
+            local_size=processes.local_size,
+        )
+        check_destination(
+            Path(output),
+            overwrite=overwrite,
+            needed_bytes=plan.write_nbytes,
+            inputs=[file for files in plan.files for file in files],
+            input_directories=[one.directory for one in checkpoints if one.directory],
+        )
+        side_files, side_notes = [], dict[str, None]()
+        for one in plan.outputs:
+            files, found_notes = find_side_files(
+                checkpoints[one.row.used[-1]].directory, include_code=include_code
+            )
+            side_files.append(files)
+            side_notes.update(dict.fromkeys(found_notes))
+        yield Prepared(
+            checkpoints=checkpoints,
+            plan=plan,
+            workspace=workspace,
+            side_files=side_files,
+            run_bn_pass=_bn_pass(batchnorm, checkpoints[-1], plan, workspace.device),
+            notes=(*side_notes, *_batchnorm_due(plan, batchnorm)),
+        )
+    finally:
+        close_all(opened)
+
+
+def _bn_pass(
+    batchnorm: BnPass | None, checkpoint: Checkpoint, plan: AveragePlan, device: str
+) -> RunBnPass | None:
+    """Build the user's model; return what will run the BatchNorm pass on a written average."""
+    if batchnorm is None:
+        return None
+    # imported here: importing torch takes longer than averaging most models
+    from ckptavg.bn_pass import build_model, check_repeatable, recompute_written
+
+    check_repeatable(batchnorm, len(plan.outputs))
+    return partial(recompute_written, build_model(batchnorm, checkpoint, device), batchnorm, plan)
+
+
+def _batchnorm_due(plan: AveragePlan, batchnorm: BnPass | None) -> list[str]:
+    if batchnorm is not None or not plan.batchnorm_names or plan.n_checkpoints == 1:
+        return []
+    return [
+        f"{len(plan.batchnorm_names)} BatchNorm statistics are averaged with the weights; "
+        "recompute them on training data: pass --model and --data, or run ckptavg recompute-bn"
+    ]
