@@ -63,7 +63,7 @@ def without_numbers(text: str) -> str:
     """Replace what differs from run to run: times, rates and peak memory."""
     text = re.sub(r"[\d.]+ s (\([^)]*\)|in all)", r"T s", text)
     text = re.sub(r"at [\d.]+ [kMG]?B/s", "at R", text)
-    text = re.sub(r"most of it \w+", "most of it S", text)
+    text = re.sub(r"bottleneck: \w+", "bottleneck: S", text)
     text = re.sub(r"buffers of [\d.]+ [kMG]?B host", "buffers of B host", text)
     return re.sub(r"peak memory [\d.]+ [kMG]B", "peak memory M", text)
 
@@ -74,7 +74,7 @@ def test_average_prints_a_summary_and_notes(here: Path, capsys: pytest.CaptureFi
     assert without_numbers(out) == (
         "swa: average of 3 checkpoints\n"
         "  read 408 B at R on cpu, wrote 136 B; T s, peak memory M\n"
-        "  reading T s, arithmetic T s, writing T s, syncing T s: most of it S\n"
+        "  reading T s, arithmetic T s, writing T s, syncing T s; bottleneck: S\n"
         "  1 integer tensors differed, taken from epoch-11.pt: 1.num_batches_tracked\n"
     )
     assert err == (

@@ -154,7 +154,7 @@ def _times(result: "AverageResult") -> str:
     told = [
         f"{name} {seconds:.2f} s ({_rate(nbytes, seconds)})" for name, seconds, nbytes in stages
     ]
-    return f"{', '.join(told)}: most of it {times.bottleneck}"
+    return f"{', '.join(told)}; bottleneck: {times.bottleneck}"
 
 
 def _rate(nbytes: float, seconds: float) -> str:
