@@ -7,7 +7,6 @@ a block, or a part of one.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from itertools import groupby
 
 from ckptavg.tensors import FLOAT32, DType, Piece, TensorInfo
 
@@ -106,25 +105,40 @@ class Chunk:
 def cut_into_blocks(tensors: Sequence[TensorPlan]) -> tuple[Chunk, ...]:
     """Cut an output's tensors into blocks, in their order.
 
-    Neighbours with the same dtypes and action share blocks: thousands of small tensors cost no
-    more than one large one.
+    Neighbours in the output with the same dtypes and action share blocks: thousands of small
+    tensors cost no more than one large one.
     """
     copies: dict[str, list[TensorPlan]] = {}
     for tensor in tensors:
         if tensor.action is Action.ALIAS and tensor.owner is not None:
             copies.setdefault(tensor.owner, []).append(tensor)
-    stored = [
-        tensor for tensor in tensors if tensor.action is not Action.ALIAS and tensor.nbytes > 0
-    ]
-
-    def span_key(tensor: TensorPlan) -> tuple[object, ...]:
-        alone = tensor.name if tensor.name in copies else None
-        return tensor.shard, tensor.info.dtype, tensor.output_dtype, tensor.action, alone
-
+    spans: list[list[TensorPlan]] = []
+    for tensor in tensors:
+        if tensor.action is Action.ALIAS or not tensor.nbytes:
+            continue
+        if (
+            spans
+            and _follows(tensor, spans[-1][-1])
+            and copies.keys().isdisjoint((tensor.name, spans[-1][-1].name))
+        ):
+            spans[-1].append(tensor)
+        else:
+            spans.append([tensor])
     blocks: list[Chunk] = []
-    for _, span in groupby(stored, span_key):
-        blocks.extend(_cut_span(list(span), copies, len(blocks)))
+    for span in spans:
+        blocks.extend(_cut_span(span, copies, len(blocks)))
     return tuple(blocks)
+
+
+def _follows(tensor: TensorPlan, previous: TensorPlan) -> bool:
+    """Tell whether a tensor lies right behind another (no alias between) and is worked on alike."""
+    return (
+        tensor.shard == previous.shard
+        and tensor.offset == previous.offset + previous.nbytes
+        and tensor.info.dtype is previous.info.dtype
+        and tensor.output_dtype is previous.output_dtype
+        and tensor.action is previous.action
+    )
 
 
 def _cut_span(

@@ -65,6 +65,7 @@ class AveragePlan:
         recipe: What was asked for.
         outputs: The averages to make.
         labels, steps, epochs, files: The checkpoints, oldest first.
+        places: Their ``places_digest``.
         tensors: The output's tensors, in the order of the output.
         shards: The output's weight files.
         metadata: String map for the output's weight files: tied names that were declared.
@@ -78,6 +79,7 @@ class AveragePlan:
     steps: tuple[int | None, ...]
     epochs: tuple[int | None, ...]
     files: tuple[tuple[FileStamp, ...], ...]
+    places: tuple[str, ...]
     tensors: tuple[TensorPlan, ...]
     shards: tuple[ShardPlan, ...]
     metadata: Mapping[str, str]
@@ -122,7 +124,8 @@ class AveragePlan:
         """
         files = [[stamp._replace(device=0) for stamp in stamps] for stamps in self.files]
         what = (
-            __version__, self.recipe, self.outputs, files, self.tensors, self.shards, self.metadata,
+            __version__, self.recipe, self.outputs, files, self.places, self.tensors, self.shards,
+            self.metadata,
         )  # fmt: skip
         return hashlib.sha256(repr(what).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
@@ -171,17 +174,22 @@ class AveragePlan:
         """Cut blocks into chunks, in the order of the output.
 
         Args:
-            max_nbytes: Upper bound for the input bytes of a chunk from one checkpoint. All
-                buffers that a copied chunk needs are never larger than ``TAKE_CHUNK_NBYTES``.
+            max_nbytes: Upper bound for the input bytes of a chunk from one checkpoint; of a copied
+                chunk also ``TAKE_CHUNK_NBYTES``, for all that is kept of it together.
             blocks: Numbers of the blocks; None cuts all.
         """
         n_kept = len({output.take_from for output in self.outputs})
+        take_nbytes = min(max_nbytes, TAKE_CHUNK_NBYTES // n_kept)
         for number in range(len(self.blocks)) if blocks is None else blocks:
             block = self.blocks[number]
-            taken = block.action is Action.TAKE
-            yield from block.cut(
-                min(max_nbytes, TAKE_CHUNK_NBYTES // n_kept) if taken else max_nbytes
-            )
+            yield from block.cut(take_nbytes if block.action is Action.TAKE else max_nbytes)
+
+    def taking_nbytes(self, max_nbytes: int) -> int:
+        """Bytes that copying a chunk takes: what is kept for the outputs, and one to compare."""
+        n_kept = len({output.take_from for output in self.outputs})
+        taken = (block.nbytes for block in self.blocks if block.action is Action.TAKE)
+        chunk_nbytes = min(max(taken, default=0), max_nbytes, TAKE_CHUNK_NBYTES // n_kept)
+        return (n_kept + 1) * chunk_nbytes
 
 
 def plan_average(
@@ -238,6 +246,7 @@ def plan_average(
         steps=tuple(checkpoint.step for checkpoint in checkpoints),
         epochs=tuple(checkpoint.epoch for checkpoint in checkpoints),
         files=tuple(tuple(checkpoint.files) for checkpoint in checkpoints),
+        places=tuple(checkpoint.places_digest for checkpoint in checkpoints),
         tensors=tensors,
         shards=shards,
         metadata={

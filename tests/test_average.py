@@ -2,6 +2,7 @@
 
 import math
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,27 @@ def test_tied_tensors_are_read_once_and_written_alike(tmp_path: Path, device: st
     assert result.written_nbytes == 4 * (2 * 600 + 7)
 
 
+def test_tensors_on_both_sides_of_a_tied_one_go_where_they_belong(
+    tmp_path: Path, device: str
+) -> None:
+    """The copy lies between them in the output, so they are no neighbours."""
+    paths = []
+    for step in (1.0, 3.0):
+        tied = torch.full((5,), step)
+        tensors = {
+            "a": tied, "b": torch.full((3,), 10 * step), "tied": tied,
+            "c": torch.full((7,), 100 * step), "tied too": tied, "d": torch.full((2,), -step),
+        }  # fmt: skip
+        paths.append(tmp_path / f"{step}.pt")
+        torch.save(tensors, paths[-1])
+    average_checkpoints(paths, tmp_path / "out", device=device)
+    averaged = load_file(tmp_path / "out/model.safetensors")
+    found = {name: set(tensor.tolist()) for name, tensor in averaged.items()}
+    assert found == {
+        "a": {2.0}, "b": {20.0}, "tied": {2.0}, "c": {200.0}, "tied too": {2.0}, "d": {-2.0},
+    }  # fmt: skip
+
+
 def test_tied_in_one_checkpoint_and_apart_in_another_is_averaged_by_itself(
     tmp_path: Path, device: str
 ) -> None:
@@ -380,3 +402,43 @@ def test_first_failing_thread_stops_the_others_and_is_raised() -> None:
 
     with pytest.raises(ValueError, match="first"):
         run_threads([wait, fail, wait], stop=stopped.set)
+
+
+def test_threads_end_before_an_interruption_goes_on_also_a_second_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Buffers and files must not vanish under a thread that is still at work."""
+    stopping, ended = threading.Event(), threading.Event()
+    join, interruptions = threading.Thread.join, iter(range(2))
+
+    def interrupted(self: threading.Thread, timeout: float | None = None) -> None:
+        if next(interruptions, None) is not None:
+            raise KeyboardInterrupt
+        join(self, timeout)
+
+    def work() -> None:
+        stopping.wait()
+        time.sleep(0.05)
+        ended.set()
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_threads([work], stop=stopping.set)
+    assert ended.is_set()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_full_gpu_is_told_in_one_line(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "in", {"w": torch.ones(2**24)}, "safetensors")
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.0005)
+    try:
+        with pytest.raises(
+            MemoryBudgetError, match=r"^cuda:0: out of memory: \d+ bytes are needed"
+        ):
+            average_checkpoints([path, path], tmp_path / "out", device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert not list(tmp_path.glob("out*"))
+    average_checkpoints([path, path], tmp_path / "out", device="cuda")

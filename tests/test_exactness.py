@@ -254,6 +254,31 @@ def test_equal_checkpoints_come_back_with_any_coefficients_and_sums(
     assert bits(load_file(tmp_path / "out" / "model.safetensors")["w"]) == bits(tensors["w"])
 
 
+def test_equal_values_are_put_back_in_chunks_of_several_dtypes(tmp_path: Path, device: str) -> None:
+    """Buffers made for one dtype serve the next, whose elements are of another size."""
+    checkpoints = [
+        {
+            "single": torch.full((1000,), 0.1),
+            "double": torch.full((77,), 0.1, dtype=torch.float64),
+            "half": torch.full((333,), 0.1, dtype=torch.float16),
+            "tail": torch.full((3,), 0.7),
+        }
+        for _ in range(3)
+    ]
+    paths = [
+        save_checkpoint(tmp_path / str(index), tensors, "safetensors")
+        for index, tensors in enumerate(checkpoints)
+    ]
+    for number, coefficients in enumerate((None, (0.3, 0.3, 0.4))):
+        out = tmp_path / f"out-{number}"
+        average_checkpoints(
+            paths, out, accumulate="float32", coefficients=coefficients, device=device
+        )
+        averaged = load_file(out / "model.safetensors")
+        for name, tensor in checkpoints[0].items():
+            assert bits(averaged[name]) == bits(tensor)
+
+
 def test_explicit_coefficients_weigh_the_checkpoints_in_the_order_typed(
     tmp_path: Path, device: str
 ) -> None:

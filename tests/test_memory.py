@@ -154,16 +154,10 @@ def test_the_plan_tells_the_memory_that_a_run_takes(
 def test_device_memory_stays_within_what_the_plan_says(
     checkpoints: dict[str, list[Path]], tmp_path: Path
 ) -> None:
-    from ckptavg import Recipe, average_checkpoints
-    from ckptavg.prepare import prepared_average
-
     peaks = []
     for count in (4, 16):
-        paths = checkpoints["safetensors"][:count]
-        with prepared_average(paths, tmp_path / f"{count}", Recipe(), device="cuda") as prepared:
-            promised = prepared.workspace.device_nbytes
-        result = average_checkpoints(paths, tmp_path / f"{count}", device="cuda")
-        assert result.peak_device_bytes is not None
-        assert result.peak_device_bytes <= promised <= 2**30
-        peaks.append(result.peak_device_bytes)
+        found = measured(checkpoints["safetensors"][:count], tmp_path / f"{count}", device="cuda")
+        assert found.device_nbytes is not None
+        assert found.device_nbytes <= found.promised_device_nbytes <= 2**30
+        peaks.append(found.device_nbytes)
     assert peaks[0] == peaks[1]

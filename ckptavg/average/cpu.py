@@ -21,7 +21,7 @@ from ckptavg.average.work import (
     averaged_chunk_nbytes,
     run_threads,
 )
-from ckptavg.blocks import TAKE_CHUNK_NBYTES, Action, Chunk
+from ckptavg.blocks import Action, Chunk
 from ckptavg.errors import MemoryBudgetError
 from ckptavg.plan import AveragePlan
 
@@ -167,6 +167,5 @@ def _thread_nbytes(plan: AveragePlan, chunk_nbytes: int) -> int:
         workspace_nbytes(averaged_nbytes, dtype, output_dtype, plan.recipe.accumulate, plan.rows)
         for dtype, output_dtype in plan.arithmetic_dtypes
     ]
-    taken = max((one.nbytes for one in plan.blocks if one.action is Action.TAKE), default=0)
-    comparing = 2 * min(taken, chunk_nbytes, TAKE_CHUNK_NBYTES)
-    return _STACK_NBYTES + max(arithmetic, default=0) + comparing + plan.read_scratch_nbytes
+    taking = plan.taking_nbytes(chunk_nbytes)
+    return _STACK_NBYTES + max(arithmetic, default=0) + taking + plan.read_scratch_nbytes

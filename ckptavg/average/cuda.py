@@ -37,7 +37,7 @@ from ckptavg.average.work import (
     averaged_chunk_nbytes,
     run_threads,
 )
-from ckptavg.blocks import TAKE_CHUNK_NBYTES, Action, Chunk
+from ckptavg.blocks import Action, Chunk
 from ckptavg.errors import MemoryBudgetError
 from ckptavg.plan import AveragePlan
 from ckptavg.tensors import DType
@@ -71,12 +71,10 @@ def size_cuda_workspace(
     readers = n_threads or min(cpus, _MAX_READERS)
     n_reads = max(1, -(-plan.read_nbytes // chunk_nbytes))
     slots = max(_MIN_SLOTS, min(_MAX_SLOTS, n_reads))
-    taken = max((one.nbytes for one in plan.blocks if one.action is Action.TAKE), default=0)
 
     def host_nbytes() -> int:
         outputs = _n_writers(plan) * pinned_nbytes(_output_nbytes(plan, chunk_nbytes))
-        comparing = 2 * min(taken, chunk_nbytes, TAKE_CHUNK_NBYTES)
-        reading = readers * (comparing + plan.read_scratch_nbytes)
+        reading = readers * (plan.taking_nbytes(chunk_nbytes) + plan.read_scratch_nbytes)
         return _FIXED_NBYTES + slots * pinned_nbytes(chunk_nbytes) + outputs + reading
 
     def device_nbytes() -> int:
@@ -118,10 +116,16 @@ def size_cuda_workspace(
 
 def average_on_cuda(job: Job, workspace: Workspace) -> Timings:
     """Carry out a job on a GPU; raises as ``average`` says."""
-    torch.empty(0, device=workspace.device)  # starts CUDA: there are no statistics before
-    torch.cuda.reset_peak_memory_stats(workspace.device)
-    with torch.cuda.device(workspace.device):
-        return _Pipeline(job, workspace).run()
+    try:
+        torch.empty(0, device=workspace.device)  # starts CUDA: there are no statistics before
+        torch.cuda.reset_peak_memory_stats(workspace.device)
+        with torch.cuda.device(workspace.device):
+            return _Pipeline(job, workspace).run()
+    except torch.OutOfMemoryError as error:
+        raise MemoryBudgetError(
+            f"{workspace.device}: out of memory: {workspace.device_nbytes} bytes are needed; free "
+            "some, or pass --device cpu"
+        ) from error
 
 
 class _Slot:
@@ -226,7 +230,8 @@ class _Pipeline:
         try:
             run_threads(functions, stop=self._stop.set)
         finally:
-            torch.cuda.synchronize(self._device)  # nothing copies any more
+            with suppress(RuntimeError):  # all results have arrived, or an error is on its way
+                torch.cuda.synchronize(self._device)  # nothing copies any more
             for slot in self._slots:
                 slot.host.unlock()
         return self._timings
@@ -315,7 +320,8 @@ class _Pipeline:
                 if self._is_last_row(chunk):
                     self._ledger.enter(chunk)
         finally:
-            self._returning.synchronize()
+            with suppress(RuntimeError):  # likewise
+                self._returning.synchronize()
             host.unlock()
         with self._lock:
             self._timings.write_seconds += seconds / self._n_writers

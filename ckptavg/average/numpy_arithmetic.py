@@ -173,8 +173,8 @@ class NumpyArithmetic:
 
     def _restore_equal(self, number: int, quotient: Array) -> None:
         numel = len(quotient)
-        first = self._arrays[f"first{number}"].view(NUMPY_DTYPES[self._chunk.dtype])[:numel]
-        equal = self._arrays[f"equal{number}"].view(np.bool_)[:numel]
+        first = self._array(f"first{number}", np.dtype(NUMPY_DTYPES[self._chunk.dtype]), numel)
+        equal = self._array(f"equal{number}", np.dtype(np.bool_), numel)
         np.copyto(quotient, first, where=equal)
 
     # -- outputs

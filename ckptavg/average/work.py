@@ -198,16 +198,21 @@ def run_threads(functions: Sequence[Callable[[], None]], *, stop: Callable[[], N
             stop()
 
     threads = [Thread(target=guarded, args=(function,), daemon=True) for function in functions]
+    interruption: BaseException | None = None
     try:
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
-    except BaseException:  # Ctrl-C or a signal while waiting: let the threads end first
+    except BaseException as error:
+        interruption = error
         stop()
-        for thread in threads:
-            if thread.ident is not None:
+    for thread in threads:
+        while thread.is_alive():
+            try:
                 thread.join()
-        raise
+            except BaseException as error:  # Ctrl-C, perhaps twice: let the threads end first
+                interruption = interruption or error
+                stop()
+    if interruption is not None:
+        raise interruption
     if errors:
         raise errors[0]

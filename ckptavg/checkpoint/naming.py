@@ -1,5 +1,6 @@
 """Tensor names that differ between checkpoints only by a wrapper's prefix."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
 from ckptavg.checkpoint.protocol import Checkpoint
@@ -93,6 +94,12 @@ class RenamedCheckpoint:
     def read_scratch_nbytes(self) -> int:
         """That of the checkpoint."""
         return self._checkpoint.read_scratch_nbytes
+
+    @property
+    def places_digest(self) -> str:
+        """Digits that change with the checkpoint's, and with the names that were stripped."""
+        what = self._checkpoint.places_digest, sorted(self._stored_name.items())
+        return hashlib.sha256(repr(what).encode("utf-8", "surrogatepass")).hexdigest()
 
     def read_into(self, pieces: Sequence[Piece], buffer: memoryview) -> None:
         """Fill ``buffer`` with the pieces; see the protocol."""

@@ -26,6 +26,8 @@ class Checkpoint(Protocol):
         directory: The model directory whose side files (config, tokenizer) belong to this
             checkpoint; None for a single file.
         read_scratch_nbytes: What one call of ``read_into`` may hold beside the caller's buffer.
+        places_digest: Hexadecimal digits that change with the bytes of ``files`` that a name
+            stands for: two sets of weights in one file have different digests.
     """
 
     label: str
@@ -41,6 +43,10 @@ class Checkpoint(Protocol):
 
     @property
     def read_scratch_nbytes(self) -> int:
+        """See the class."""
+
+    @property
+    def places_digest(self) -> str:
         """See the class."""
 
     def read_into(self, pieces: Sequence[Piece], buffer: memoryview) -> None:

@@ -1,5 +1,6 @@
 """A checkpoint whose tensors are byte ranges of local files: what every local reader builds."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -45,6 +46,17 @@ class StoredCheckpoint:
         """Nothing, unless a tensor has to be put into row-major order."""
         strided = any(place.strides is not None for place in self.places.values())
         return 2 * READ_SCRATCH_BYTES if strided else 0  # the allocator keeps what was freed
+
+    @property
+    def places_digest(self) -> str:
+        """Digits that change with the file, the offset and the strides of any name."""
+        number = {id(file): index for index, file in enumerate(self.open_files)}
+        places = [
+            (name, number[id(place.file)], place.offset, place.strides)
+            for name, place in sorted(self.places.items())
+        ]
+        what = places, sorted(self.aliases.items())
+        return hashlib.sha256(repr(what).encode("utf-8", "surrogatepass")).hexdigest()
 
     def read_into(self, pieces: Sequence[Piece], buffer: memoryview) -> None:
         """Fill ``buffer`` with the pieces; see the protocol."""
