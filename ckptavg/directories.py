@@ -1,16 +1,16 @@
-"""Locks, syncs and renames of directories, as Linux has them."""
+"""Locks, and syncs and renames of directories, as Linux has them."""
 
 import ctypes
 import errno
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2  # flags of renameat2(2)
 _AT_FDCWD = -100
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
+_LOCK_ATTEMPTS = 100
 
 
 def bottom_up(root: Path) -> Iterator[Path]:
@@ -21,26 +21,35 @@ def bottom_up(root: Path) -> Iterator[Path]:
     yield root
 
 
-def open_locked(directory: Path) -> int | None:
-    """Open a directory and lock it; None if another process holds the lock.
+def open_lock(path: Path) -> int | None:
+    """Open a lock file, made if need be, and hold its lock; None if another process holds it.
 
-    On a file system without locks the directory is open and not locked.
+    On a file system without locks the file is open and not locked. A file, because network file
+    systems lock files for all hosts, but directories for one alone.
+
+    Raises:
+        OSError: If it cannot be made.
     """
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            os.close(descriptor)
-            return None
-        if error.errno not in _NO_LOCKS:
-            os.close(descriptor)
-            raise
-    return descriptor
+    for _ in range(_LOCK_ATTEMPTS):
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                os.close(descriptor)
+                return None
+            if error.errno not in _NO_LOCKS:
+                os.close(descriptor)
+                raise
+        if identity(path) == identity(descriptor):
+            return descriptor
+        os.close(descriptor)  # who held it has removed it meanwhile
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 
 def can_lock(descriptor: int) -> bool:
-    """Tell whether a directory's file system has locks, given an open, locked directory."""
+    """Tell whether the file system has locks, given an open, locked file."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -48,26 +57,13 @@ def can_lock(descriptor: int) -> bool:
     return True
 
 
-def is_same(descriptor: int, path: Path) -> bool:
-    """Tell whether a path still names an open directory."""
+def identity(file: Path | int) -> tuple[int, int] | None:
+    """Return what tells a file or directory from every other there is; None if it is not there."""
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        status = os.stat(file)
     except OSError:
-        return False
-
-
-def remove_if_free(stale: Path) -> bool:
-    """Remove what a run left behind, unless a living one holds it; tell whether it is gone."""
-    try:
-        descriptor = open_locked(stale)
-    except OSError:
-        return False
-    if descriptor is None:
-        return False
-    if can_lock(descriptor) and is_same(descriptor, stale):
-        shutil.rmtree(stale, ignore_errors=True)
-    os.close(descriptor)
-    return not stale.exists()
+        return None
+    return status.st_dev, status.st_ino
 
 
 def sync_directory(path: Path) -> None:

@@ -8,7 +8,8 @@ The tree::
     ├── CheckpointError               one checkpoint is broken, unsupported, or changed while read
     ├── IncompatibleCheckpointsError  each checkpoint is fine, but they cannot be averaged together
     ├── MemoryBudgetError             the work does not fit the memory it may use
-    ├── ProcessError                  another process of the same run failed or ended
+    ├── ProcessError                  another process of the same run failed
+    │   └── ProcessEndedError         it ended, or was interrupted; the run can be continued
     ├── OutputError                   the output cannot be written; nothing was published
     ├── AfterPublishError             the output was published, a later step failed (exit code 3)
     ├── ModelError                    the user's model or data could not be built or loaded
@@ -74,7 +75,11 @@ class MemoryBudgetError(CkptavgError):
 
 
 class ProcessError(CkptavgError):
-    """Another of the processes that share a run failed or ended; nothing was published."""
+    """Another of the processes that share a run failed; nothing was published."""
+
+
+class ProcessEndedError(ProcessError):
+    """Another process ended or was interrupted; the same command goes on where the run stopped."""
 
 
 class OutputError(CkptavgError):

@@ -24,13 +24,12 @@ from ckptavg.directories import (
     RENAME_NOREPLACE,
     bottom_up,
     can_lock,
-    is_same,
-    open_locked,
-    remove_if_free,
+    identity,
+    open_lock,
     rename,
     sync_directory,
 )
-from ckptavg.errors import AfterPublishError, OutputError
+from ckptavg.errors import AfterPublishError, OutputError, ProcessEndedError
 from ckptavg.journal import (
     JOURNAL_PREFIX,
     Journal,
@@ -41,6 +40,7 @@ from ckptavg.plan import AveragePlan
 from ckptavg.writer import ModelWriter
 
 _PARTIAL_SUFFIX = re.compile(r"\.partial-[0-9a-f]{16}$")
+_NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _WRITEBACK_SECONDS = 0.05
 _SYNC_SECONDS = 30.0  # how much work a failure of the machine may cost
 
@@ -48,9 +48,10 @@ _SYNC_SECONDS = 30.0  # how much work a failure of the machine may cost
 class OutputDirectory:
     """Makes one or several model directories; a context manager.
 
-    Left by an error, it removes what it wrote; left by an interruption, it keeps that, so that the
-    same run continues it. Several processes may write one output: that of rank 0 makes it,
-    recovers it and publishes it, the others enter later and write into it.
+    Left by an error, it removes what it wrote; left by an interruption (of another process, too),
+    it keeps that, so that the same run continues it, where the file system has locks. Several
+    processes may write one output: that of rank 0 makes it, recovers it and publishes it, the
+    others enter later and write into it.
 
     Attributes:
         models: A writer for each output of the plan.
@@ -94,9 +95,13 @@ class OutputDirectory:
         self._journal: Journal | None = None
         self._stop_writeback = Event()
         self._writeback: Thread | None = None
-        self._directory = -1  # the partial directory, locked where the file system can
-        self._replaced = -1  # the directory being replaced, likewise
+        self._writeback_error: OSError | None = None
+        # what holds the name of the partial directory, whatever bears it
+        self._lock_path = self.partial.with_name(f"{self.partial.name}.lock")
+        self._lock = -1
+        self._has_locks = False
         self._owns_partial = False
+        self._identity: tuple[int, int] | None = None  # of the partial directory
         self._made_parents: list[Path] = []
         self._published = False
 
@@ -134,10 +139,7 @@ class OutputDirectory:
             self._leave_unpublished(error)
         elif error is not None and not isinstance(error, AfterPublishError):
             self._close()
-            raise AfterPublishError(
-                f"{self._shown}: is published and whole, but then: "
-                f"{str(error) or type(error).__name__}"
-            ) from error
+            raise self._after_publishing(error) from error
 
     def finish_block(self, block: int, differing: Differing) -> None:
         """Note that a block is written to every model; one call at a time.
@@ -147,15 +149,37 @@ class OutputDirectory:
         """
         self.finished[block] = differing
         try:
+            if self._writeback_error is not None:
+                raise self._writeback_error
             if self._journal is not None:
                 self._journal.record(block, differing)
         except OSError as error:
             raise self._failed(error) from error
 
+    def sync(self) -> None:
+        """Bring all that this process wrote into the weight files to the storage.
+
+        Raises:
+            OutputError: If the storage refuses, or refused before.
+        """
+        self._end_writeback()
+        if self._writeback_error is not None:  # the system tells of it only once
+            raise self._failed(self._writeback_error) from self._writeback_error
+        for model in self.models:
+            model.sync()
+
     def end_journal(self) -> None:
-        """Say that from here on files change which the journal calls finished: it is removed."""
+        """Say that from here on files change which the journal calls finished: it is removed.
+
+        Raises:
+            OutputError: If the storage refuses.
+        """
         self._end_journal()
-        remove_journals(self.partial)
+        try:
+            remove_journals(self.partial)
+            sync_directory(self.partial)
+        except OSError as error:
+            raise self._failed(error) from error
 
     def publish(self) -> None:
         """Sync everything to storage and give the directory its name, in one step.
@@ -165,16 +189,19 @@ class OutputDirectory:
             AfterPublishError: If the output is in place, but the storage did not confirm it or
                 the replaced directory could not be removed.
         """
+        self.sync()
         self._end_journal()
         try:
-            for model in self.models:
-                model.sync()
             remove_journals(self.partial)
             for directory in bottom_up(self.partial):
                 sync_directory(directory)
             replaced = self._rename()
         except OSError as error:
             raise self._failed(error) from error
+        except BaseException as error:
+            if not self._is_in_place():
+                raise
+            raise self._after_publishing(error) from error
         self._published = True
         try:
             for parent in {self.output.parent, *(made.parent for made in self._made_parents)}:
@@ -198,13 +225,6 @@ class OutputDirectory:
             )
         if exists:
             check_replaceable(self.output)
-            # after the exchange it bears the partial directory's name: no other run may take it
-            replaced = open_locked(self.output)
-            if replaced is None:
-                raise OutputError(
-                    f"{self._shown}: another ckptavg run is publishing it at this moment"
-                )
-            self._replaced = replaced
         try:
             rename(self.partial, self.output, RENAME_EXCHANGE if exists else RENAME_NOREPLACE)
         except OSError as error:
@@ -212,13 +232,10 @@ class OutputDirectory:
                 raise OutputError(
                     f"{self._shown}: appeared while it was being written; nothing replaced"
                 ) from error
-            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            if error.errno not in _NOT_SUPPORTED:
                 raise
             if exists:
-                raise OutputError(
-                    f"{self._shown}: this file system cannot exchange two directories in one step; "
-                    "remove the old output first"
-                ) from error
+                raise self._cannot_exchange() from error
             self.partial.rename(self.output)  # fails on anything but an empty directory
         return exists
 
@@ -234,53 +251,74 @@ class OutputDirectory:
             if not directory.is_dir():
                 directory.mkdir(exist_ok=True)
                 self._made_parents.append(directory)
-        self._lock_partial()
-        if can_lock(self._directory):
+        self._make_partial()
+        if self._overwrite and os.path.lexists(self.output):
+            self._try_exchange()
+        if self._has_locks:
             self._clear_others()
             if self._recover():
                 return
             for entry in self.partial.iterdir():  # of a run that was killed before it got anywhere
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         for model in self.models:
-            try:
-                model.create()
-            except FileExistsError as error:  # only where the file system has no locks
+            model.create()
+
+    def _make_partial(self) -> None:
+        """Make the partial directory, or take over a dead run's; hold its name alone."""
+        lock = open_lock(self._lock_path)
+        if lock is None:
+            raise OutputError(f"{self._shown}: another ckptavg run is writing it at this moment")
+        self._lock = lock
+        self._has_locks = can_lock(lock)
+        try:
+            self.partial.mkdir()
+        except FileExistsError as error:
+            if not self._has_locks or self.partial.is_symlink() or not self.partial.is_dir():
                 raise OutputError(
                     f"{self.partial}: is there already; if no other run writes it, remove it"
                 ) from error
+        self._owns_partial = True
+        self._identity = identity(self.partial)
 
-    def _lock_partial(self) -> None:
-        """Make the partial directory, or take over a dead run's; hold it alone."""
-        while True:
-            try:
-                self.partial.mkdir()
-                self._owns_partial = True
-            except FileExistsError:
-                self._owns_partial = False
-            descriptor = open_locked(self.partial)
-            if descriptor is None:
-                self._owns_partial = False
-                raise OutputError(
-                    f"{self._shown}: another ckptavg run is writing it at this moment"
-                )
-            self._directory = descriptor
-            if is_same(descriptor, self.partial):  # else it was moved or removed meanwhile
-                break
-            os.close(descriptor)
-            self._directory = -1
-        self._owns_partial |= can_lock(self._directory)  # else the rename lets one writer win
+    def _try_exchange(self) -> None:
+        """See before the work whether the file system can do what replacing an output takes."""
+        pair = one, other = self.partial / ".exchange-1", self.partial / ".exchange-2"
+        try:
+            for directory in pair:
+                directory.mkdir(exist_ok=True)
+            rename(one, other, RENAME_EXCHANGE)
+        except OSError as error:
+            if error.errno in _NOT_SUPPORTED:
+                raise self._cannot_exchange() from error
+            raise
+        finally:
+            for directory in pair:
+                with suppress(OSError):
+                    directory.rmdir()
 
     def _clear_others(self) -> None:
         """Remove what runs with other inputs or options left behind, unless they are alive."""
-        for stale in self.output.parent.glob(f"{glob.escape(self.output.name)}.partial-*"):
-            if stale == self.partial or not _PARTIAL_SUFFIX.search(stale.name):
+        found = self.output.parent.glob(f"{glob.escape(self.output.name)}.partial-*")
+        names = {path.name.removesuffix(".lock") for path in found} - {self.partial.name}
+        for name in sorted(filter(_PARTIAL_SUFFIX.search, names)):
+            stale = self.output.with_name(name)
+            lock_path = stale.with_name(f"{name}.lock")
+            try:
+                lock = open_lock(lock_path)
+            except OSError:  # not ours to open
                 continue
-            was_continuable = bool(read_journals(stale))
-            if remove_if_free(stale) and was_continuable:
-                self.notes.append(
-                    f"{self._shown}: an interrupted run had other inputs or options; what it left "
-                    "was removed, and this one started afresh"
-                )
+            if lock is None:
+                continue
+            if not stale.is_symlink():
+                was_continuable = bool(read_journals(stale))
+                shutil.rmtree(stale, ignore_errors=True)
+                if was_continuable and not stale.exists():
+                    self.notes.append(
+                        f"{self._shown}: an interrupted run had other inputs or options; what it "
+                        "left was removed, and this one started afresh"
+                    )
+            lock_path.unlink(missing_ok=True)
+            os.close(lock)
 
     def _recover(self) -> bool:
         """Take over what an interrupted run of the same plan finished; tell whether it had."""
@@ -316,27 +354,39 @@ class OutputDirectory:
             for model in self.models:
                 model.start_writeback()
             if monotonic() > next_sync and self._journal is not None:
-                with suppress(OSError):  # all is synced, and checked, before publishing
+                try:
                     self._journal.sync(
                         descriptor for model in self.models for descriptor in model.descriptors
                     )
+                except OSError as error:  # the next sync would not tell it again
+                    self._writeback_error = error
+                    with suppress(OSError):
+                        remove_journals(self.partial)
+                    return
                 next_sync = monotonic() + _SYNC_SECONDS
 
     # -- ending
 
-    def _end_journal(self) -> None:
+    def _end_writeback(self) -> None:
         self._stop_writeback.set()
         if self._writeback is not None:
             self._writeback.join()
             self._writeback = None
+
+    def _end_journal(self) -> None:
+        self._end_writeback()
         if self._journal is not None:
             self._journal.close()
             self._journal = None
 
     def _leave_unpublished(self, error: BaseException | None) -> None:
         """After an interruption keep what can be continued; else leave nothing behind."""
-        finished = read_journals(self.partial) if self._owns_partial else {}
-        if not finished or error is None or isinstance(error, Exception):
+        is_failure = error is None or (
+            isinstance(error, Exception) and not isinstance(error, ProcessEndedError)
+        )
+        can_continue = self._owns_partial and self._has_locks and not is_failure
+        finished = read_journals(self.partial) if can_continue else {}
+        if error is None or not finished:
             self._abandon()
             return
         error.add_note(
@@ -350,7 +400,7 @@ class OutputDirectory:
 
     def _is_in_place(self) -> bool:
         """Tell whether the rename happened, also if a signal came right after it."""
-        return self._directory >= 0 and is_same(self._directory, self.output)
+        return self._identity is not None and identity(self.output) == self._identity
 
     def _abandon(self) -> None:
         for model in self.models:
@@ -367,11 +417,23 @@ class OutputDirectory:
     def _close(self) -> None:
         for model in self.models:
             model.close()
-        for descriptor in (self._directory, self._replaced):
-            if descriptor >= 0:
-                os.close(descriptor)  # and unlock
-        self._directory = self._replaced = -1
+        if self._lock >= 0:
+            with suppress(OSError):
+                self._lock_path.unlink()
+            os.close(self._lock)  # and unlock
+            self._lock = -1
 
     def _failed(self, error: OSError) -> OutputError:
         reason = (error.strerror or str(error)).lower()
         return OutputError(f"{self._shown}: cannot be written: {reason}; nothing was published")
+
+    def _cannot_exchange(self) -> OutputError:
+        return OutputError(
+            f"{self._shown}: this file system cannot exchange two directories in one step; "
+            "remove the old output first"
+        )
+
+    def _after_publishing(self, error: BaseException) -> AfterPublishError:
+        return AfterPublishError(
+            f"{self._shown}: is published and whole, but then: {str(error) or type(error).__name__}"
+        )

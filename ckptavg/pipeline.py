@@ -352,8 +352,7 @@ def _average_together(
         for checkpoint in prepared.checkpoints:
             checkpoint.check_unchanged()
         if processes.size > processes.local_size:  # what other hosts wrote must reach the storage
-            for model in directory.models:
-                model.sync()
+            directory.sync()
         found = sorted(set().union(*directory.finished.values()))
         return [found, [timings.read_seconds, timings.arithmetic_seconds, timings.write_seconds]]
 

@@ -15,7 +15,7 @@ from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ckptavg.errors import CkptavgError, ProcessError, UsageError
+from ckptavg.errors import CkptavgError, ProcessEndedError, ProcessError, UsageError
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import PrefixStore
@@ -53,7 +53,7 @@ class Processes:
             work: Its result must be expressible in JSON; tuples come back as lists.
 
         Raises:
-            ProcessError: If it failed in another process, or one has ended.
+            ProcessError: If it failed in another process; ProcessEndedError if one has ended.
             Exception: Whatever ``work`` raised in this one.
         """
         return [work()]
@@ -74,7 +74,7 @@ class Processes:
         ]
 
     def look_out(self) -> None:
-        """Raise ProcessError if another process has failed; cheap enough to call often."""
+        """Raise ProcessError if another process has failed or ended; cheap, to be called often."""
 
 
 class _TorchProcesses(Processes):
@@ -110,7 +110,7 @@ class _TorchProcesses(Processes):
         try:
             failed = self._store.check([_FAILED_KEY])
         except RuntimeError as error:
-            raise ProcessError("the first process ended; nothing was published") from error
+            raise ProcessEndedError("the first process ended; nothing was published") from error
         if failed:
             self._exchange({"failed": True})
             raise ProcessError(f"{self._failure(None)}; nothing was published")
@@ -141,7 +141,7 @@ class _TorchProcesses(Processes):
             gathered = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
             distributed.all_gather(gathered, padded)
         except RuntimeError as error:  # what torch raises when a connection breaks
-            raise ProcessError("another process ended; nothing was published") from error
+            raise ProcessEndedError("another process ended; nothing was published") from error
         return [
             json.loads(bytes(one[: int(length)].tolist()))
             for one, length in zip(gathered, lengths, strict=True)

@@ -1,10 +1,13 @@
 """An interrupted run goes on where it stopped, and only if it would have done the same."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from conftest import save_checkpoint
 from safetensors.torch import save_file
 from torch import nn
 
-from ckptavg import BnPass, average_checkpoints
+from ckptavg import BnPass, OutputError, ProcessEndedError, average_checkpoints
 from ckptavg import blocks as blocks_module
 from ckptavg.journal import JOURNAL_PREFIX, Journal, read_journals, remove_journals
 
@@ -148,6 +151,35 @@ def test_other_inputs_or_options_start_afresh_and_say_so(
         for note in result.notes
     )
     assert not list(tmp_path.glob("out.partial-*"))
+
+
+def test_other_weights_of_the_same_files_start_afresh(tmp_path: Path) -> None:
+    """Nothing about the files tells the raw weights from the averaged ones in them."""
+    paths = []
+    for epoch in range(3):
+        paths.append(tmp_path / f"epoch-{epoch}.pt")
+        weights = {name: {"w": torch.randn(9000)} for name in ("state_dict", "ema")}
+        torch.save({"epoch": epoch, **weights}, paths[-1])
+    interrupted(paths, tmp_path / "out", state_key="ema")
+    result = average_checkpoints(paths, tmp_path / "out")
+    assert result.resumed_nbytes == 0
+    average_checkpoints(paths, tmp_path / "whole")
+    one, other = (tmp_path / each / "model.safetensors" for each in ("whole", "out"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_what_a_run_has_done_outlives_the_end_of_another_process(
+    sources: list[Path], tmp_path: Path
+) -> None:
+    def lose_another(stage: str, done: int, total: int | None) -> None:
+        raise ProcessEndedError("another process ended")
+
+    with pytest.raises(ProcessEndedError) as caught:
+        average_checkpoints(sources, tmp_path / "out", progress=lose_another, n_threads=1)
+    assert caught.value.__notes__[0].endswith("; the same command continues it")
+    result = average_checkpoints(sources, tmp_path / "out")
+    assert result.resumed_nbytes > 0
+    assert not list(tmp_path.glob("out.*"))
 
 
 def test_a_killed_process_is_continued(sources: list[Path], tmp_path: Path) -> None:
@@ -344,3 +376,28 @@ def test_long_runs_are_synced_now_and_then(
 
     average_checkpoints(sources, tmp_path / "out", progress=wait_for_sync, n_threads=1)
     assert synced[-1] > 0
+
+
+def test_a_write_that_the_storage_refuses_later_is_not_forgotten(
+    sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system tells of it once: a later sync would find nothing wrong."""
+    monkeypatch.setattr("ckptavg.output._WRITEBACK_SECONDS", 0.001)
+    monkeypatch.setattr("ckptavg.output._SYNC_SECONDS", 0.0)
+    sync, refused = Journal.sync, threading.Event()
+
+    def refuse_once(self: Journal, descriptors: Iterable[int]) -> None:
+        if threading.current_thread() is threading.main_thread() or refused.is_set():
+            sync(self, descriptors)
+        else:
+            refused.set()
+            raise OSError(errno.EIO, "Input/output error")
+
+    def wait(stage: str, done: int, total: int | None) -> None:
+        refused.wait(10)
+
+    monkeypatch.setattr(Journal, "sync", refuse_once)
+    with pytest.raises(OutputError, match="cannot be written: input/output error; nothing was pub"):
+        average_checkpoints(sources, tmp_path / "out", progress=wait, n_threads=1)
+    assert refused.is_set()
+    assert not list(tmp_path.glob("out*"))

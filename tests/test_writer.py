@@ -292,7 +292,7 @@ def test_what_a_killed_run_left_behind_is_cleared(source: Path, tmp_path: Path) 
     partial: list[Path] = []
 
     def remember(stage: str, done: int, total: int | None) -> None:
-        partial.extend(tmp_path.glob("out.partial-*"))
+        partial.extend(path for path in tmp_path.glob("out.partial-*") if path.is_dir())
 
     average_checkpoints([source], tmp_path / "out", progress=remember)
     (stale,) = set(partial)
@@ -311,11 +311,13 @@ def test_partial_directories_of_dead_runs_with_other_plans_are_removed(
     for folder in (dead, other, alive):
         folder.mkdir()
         (folder / "file").write_text("something")
-    descriptor = os.open(alive, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    lock = directories.open_lock(tmp_path / f"{alive.name}.lock")
+    assert lock is not None
+    (tmp_path / f"{dead.name}.lock").touch()
+    (tmp_path / "out.partial-00000000000000ff.lock").touch()  # killed before it made the directory
     average_checkpoints([source], tmp_path / "out")
-    os.close(descriptor)
-    assert leftovers(tmp_path) == ["out", alive.name, other.name]
+    os.close(lock)
+    assert leftovers(tmp_path) == ["out", alive.name, f"{alive.name}.lock", other.name]
 
 
 def test_a_run_never_takes_the_directory_that_another_is_replacing(
@@ -346,9 +348,10 @@ def test_an_interruption_right_after_the_rename_is_told_as_published(
     average_checkpoints([source], tmp_path / "out")
     rename = directories.rename
 
-    def interrupted(*arguments: Any) -> None:
-        rename(*arguments)
-        raise KeyboardInterrupt
+    def interrupted(source: Path, target: Path, flags: int) -> None:
+        rename(source, target, flags)
+        if target == tmp_path / "out":
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(output_module, "rename", interrupted)
     with pytest.raises(
@@ -391,7 +394,7 @@ def test_leftovers_on_a_file_system_without_locks_are_left_to_the_user(
     partial: list[Path] = []
 
     def remember(stage: str, done: int, total: int | None) -> None:
-        partial.extend(tmp_path.glob("out.partial-*"))
+        partial.extend(path for path in tmp_path.glob("out.partial-*") if path.is_dir())
 
     average_checkpoints([source], tmp_path / "out", progress=remember)
     (stale,) = set(partial)

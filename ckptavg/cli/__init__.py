@@ -96,12 +96,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.Abort:  # what click makes of a KeyboardInterrupt
         return _fail("interrupted; nothing was published", 130, debug)
     except _Ended as error:
-        kept = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
-        return _fail(f"{error}; nothing was published{kept}", error.exit_code, debug)
+        return _fail(f"{error}; nothing was published{_notes(error)}", error.exit_code, debug)
     except MemoryError:
         return _fail("out of memory; nothing was published (--memory lowers the need)", 1, debug)
     except CkptavgError as error:
-        return _fail(str(error), exit_code_of(error), debug)
+        return _fail(f"{error}{_notes(error)}", exit_code_of(error), debug)
     except Exception as error:
         hint = "" if debug else " (--debug shows the traceback; please report it)"
         return _fail(f"unexpected {type(error).__name__}: {error}{hint}", 1, debug)
@@ -115,6 +114,11 @@ def exit_code_of(error: CkptavgError) -> int:
     if isinstance(error, UsageError):
         return 2
     return 3 if isinstance(error, AfterPublishError) else 1
+
+
+def _notes(error: BaseException) -> str:
+    """Return what was found out about an error on its way up, such as how to go on."""
+    return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
 
 
 def _fail(message: str, code: int, debug: bool) -> int:
