@@ -87,8 +87,12 @@ class NumpyArithmetic:
         if self._keep_equal:
             for number in going:
                 self._compare_with_first(number, starts=index == self._sums[number].newest)
-        for place, values in self._decoded():
+        begun = (number for number in going if self._begins_as_decoded(number, index))
+        straight = next(begun, None)
+        for place, values in self._decoded(None if straight is None else self._totals[straight]):
             for number in going:
+                if number == straight:
+                    continue  # decoded where it belongs
                 one, total = self._sums[number], self._totals[number]
                 self._add_values(
                     total[place], values, one.multipliers[index], first=index == one.newest
@@ -124,17 +128,27 @@ class NumpyArithmetic:
 
     # -- inputs
 
-    def _decoded(self) -> Iterator[tuple[slice, Array]]:
-        """Yield the input as float arrays, each with its place in the sums."""
+    def _begins_as_decoded(self, number: int, index: int) -> bool:
+        """Tell whether 16-bit values, decoded, are what a sum begins with."""
+        one = self._sums[number]
+        is_plain = one.multipliers[index] == 1 and self._sum_dtype is FLOAT32
+        return self._pairs > 0 and index == one.newest and is_plain
+
+    def _decoded(self, into: Array | None) -> Iterator[tuple[slice, Array]]:
+        """Yield the input as float arrays, each with its place in the sums.
+
+        16-bit inputs are decoded into the sum ``into`` if it is given. The input is used up.
+        """
         if not self._pairs:
             yield slice(None), self._raw.view(NUMPY_DTYPES[self._chunk.dtype])
             return
         words = self._raw.view(np.uint32)
-        halves = self._array("decoded", np.dtype(np.uint32), self._pairs)
+        buffer = self._array("decoded", np.dtype(np.uint32), self._pairs)
         finite = self._chunk.dtype is BFLOAT16 or (
             self._largest_magnitude(self._raw.view(np.uint16)) < INFINITY_BITS[FLOAT16]
         )
         for place, shift in ((slice(0, self._pairs), SIXTEEN), (slice(self._pairs, None), None)):
+            halves = buffer if into is None else into[place].view(np.uint32)
             if not finite:  # the slow way, which knows infinity and NaN
                 start = 0 if shift else 1
                 np.copyto(halves.view(np.float32), self._raw.view(np.float16)[start::2])
@@ -143,6 +157,7 @@ class NumpyArithmetic:
             elif shift:
                 np.left_shift(words, shift, out=halves)
             else:
+                halves = words if into is None else halves  # half the memory to touch
                 np.bitwise_and(words, HIGH_HALF, out=halves)
             yield place, halves.view(np.float32)
 
