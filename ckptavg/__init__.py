@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ckptavg._version import __version__
 
 if TYPE_CHECKING:
-    from ckptavg.batchnorm import BnLayerReport, BnReport, recompute_bn_stats
+    from ckptavg.batchnorm import BnConvergence, BnLayerReport, BnReport, recompute_bn_stats
     from ckptavg.checkpoint import Checkpoint, open_checkpoint
     from ckptavg.errors import (
         AfterPublishError,
@@ -26,10 +26,18 @@ if TYPE_CHECKING:
         SourceError,
         UsageError,
     )
+    from ckptavg.model_zoo import ModelFromConfig, model_from
     from ckptavg.pipeline import average_checkpoints, inspect_checkpoint, recompute_bn
     from ckptavg.plan import AveragePlan, plan_average
     from ckptavg.recipe import Recipe, Scheme, parse_scheme
-    from ckptavg.results import AverageResult, BnPass, CheckpointInfo, OutputResult, StageTimes
+    from ckptavg.results import (
+        AverageResult,
+        BnPass,
+        CheckpointInfo,
+        ComparisonRow,
+        OutputResult,
+        StageTimes,
+    )
 
 # where each public name lives; imported when it is first used (PEP 562)
 _HOME = {
@@ -37,6 +45,7 @@ _HOME = {
     "AveragePlan": "plan",
     "AverageResult": "results",
     "BatchNormError": "errors",
+    "BnConvergence": "batchnorm",
     "BnLayerReport": "batchnorm",
     "BnPass": "results",
     "BnReport": "batchnorm",
@@ -44,9 +53,11 @@ _HOME = {
     "CheckpointError": "errors",
     "CheckpointInfo": "results",
     "CkptavgError": "errors",
+    "ComparisonRow": "results",
     "IncompatibleCheckpointsError": "errors",
     "MemoryBudgetError": "errors",
     "ModelError": "errors",
+    "ModelFromConfig": "model_zoo",
     "OutputError": "errors",
     "OutputResult": "results",
     "ProcessEndedError": "errors",
@@ -58,6 +69,7 @@ _HOME = {
     "UsageError": "errors",
     "average_checkpoints": "pipeline",
     "inspect_checkpoint": "pipeline",
+    "model_from": "model_zoo",
     "open_checkpoint": "checkpoint",
     "parse_scheme": "recipe",
     "plan_average": "plan",
@@ -70,6 +82,7 @@ __all__ = [
     "AveragePlan",
     "AverageResult",
     "BatchNormError",
+    "BnConvergence",
     "BnLayerReport",
     "BnPass",
     "BnReport",
@@ -77,9 +90,11 @@ __all__ = [
     "CheckpointError",
     "CheckpointInfo",
     "CkptavgError",
+    "ComparisonRow",
     "IncompatibleCheckpointsError",
     "MemoryBudgetError",
     "ModelError",
+    "ModelFromConfig",
     "OutputError",
     "OutputResult",
     "ProcessEndedError",
@@ -92,6 +107,7 @@ __all__ = [
     "__version__",
     "average_checkpoints",
     "inspect_checkpoint",
+    "model_from",
     "open_checkpoint",
     "parse_scheme",
     "plan_average",

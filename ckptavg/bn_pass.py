@@ -1,45 +1,75 @@
-"""The BatchNorm pass on an average that is written but not yet published."""
+"""The BatchNorm pass on an average that is written but not yet published, and what it brought."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ckptavg.batchnorm import BnReport, recompute_bn_stats
+from ckptavg.batchnorm import BnReport, random_state_kept, recompute_together, unwrapped
 from ckptavg.checkpoint import Checkpoint, open_checkpoint
 from ckptavg.errors import CkptavgError, ModelError, UsageError
+from ckptavg.evaluate import evaluated
 from ckptavg.model import bn_buffer_bytes, check_names, load_weights
+from ckptavg.model_zoo import ModelFromConfig
 from ckptavg.plan import AveragePlan
-from ckptavg.results import BnPass
+from ckptavg.processes import Processes
+from ckptavg.results import BnPass, ComparisonRow
+
+Report = Callable[[int], None]
+_STATISTICS = ("running_mean", "running_var")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BnOutcome:
+    """What the pass on one average gave.
+
+    Attributes:
+        report: What it did.
+        statistics: Names and bytes to put into the written files.
+        metrics: What the evaluation says of the model with them; None without one.
+        comparison: What it says of other combinations; only in the first process.
+    """
+
+    report: BnReport
+    statistics: list[tuple[str, bytes]]
+    metrics: Mapping[str, float] | None
+    comparison: tuple[ComparisonRow, ...]
 
 
 def build_model(batchnorm: BnPass, checkpoint: Checkpoint, device: str) -> nn.Module:
     """Build the user's model and check that the average will fit it, before anything is read."""
     model = batchnorm.model
     if not isinstance(model, nn.Module):
+        build = model
+        if isinstance(model, ModelFromConfig):
+            build = partial(model.build, checkpoint.directory)
         with _user_code("building the model"):
-            model = model()
+            model = build()  # type: ignore[operator]  # ModelFromConfig is gone
     if not isinstance(model, nn.Module):
         raise ModelError(f"the model is a {type(model).__name__}, expected a torch.nn.Module")
     if not callable(batchnorm.batches):
         _refuse_other_than_batches(batchnorm.batches)
+    model = unwrapped(model)
     with _user_code("preparing the model"):
         check_names(model, checkpoint.tensors, checkpoint.label)
         return model.to(device)
 
 
-def check_repeatable(batchnorm: BnPass, n_outputs: int) -> None:
-    """Refuse data that can be gone through only once, where several models need it.
+def check_repeatable(batchnorm: BnPass, n_passes: int) -> None:
+    """Refuse data that can be gone through only once, where several passes need it.
 
     Raises:
         UsageError: If so.
     """
     batches = batchnorm.batches
-    if n_outputs > 1 and not callable(batches) and iter(batches) is batches:
+    if n_passes > 1 and not callable(batches) and iter(batches) is batches:
         raise UsageError(
             f"the data is a {type(batches).__name__}, which can be gone through only once, and "
-            f"there are {n_outputs} averages: give a function that returns it"
+            f"there are {n_passes} passes to make: give a function that returns it"
         )
 
 
@@ -49,34 +79,91 @@ def recompute_written(
     plan: AveragePlan,
     written: Path,
     label: str,
-    progress: Callable[[int], None],
-) -> tuple[BnReport, list[tuple[str, bytes]]]:
-    """Load an average that was just written into the model, and run the pass.
+    last: Checkpoint | None,
+    progress: Callable[[str], Report],
+    processes: Processes,
+) -> BnOutcome:
+    """Load an average that was just written into the model, run the pass, and evaluate it.
 
-    Returns:
-        The report, and the names and bytes of the statistics to put into the written files.
+    Args:
+        model: From ``build_model``.
+        batchnorm: What was asked for.
+        plan: What was averaged.
+        written: The directory of the average.
+        label: What messages call it.
+        last: The checkpoint to compare with; None if there is none.
+        progress: Gives what reports the samples of a stage.
+        processes: Who shares the pass.
     """
+    rows: list[ComparisonRow] = []
+    is_average = plan.n_checkpoints > 1 or last is not None
+
+    def evaluate(name: str) -> None:
+        if batchnorm.evaluate is None or processes.rank != 0:
+            return
+        # the evaluation may shuffle or sample: the pass must not depend on it
+        with _user_code(f"evaluating {name}"), random_state_kept(model, None):
+            rows.append(ComparisonRow(name=name, metrics=evaluated(model, batchnorm.evaluate)))
+
+    last_statistics: dict[str, Tensor] = {}
+    if batchnorm.compare and last is not None:
+        _load(model, last)
+        last_statistics = _statistics_of(model)
+        evaluate("last checkpoint")
+        _run(model, batchnorm, progress("batchnorm of the last checkpoint"), processes)
+        evaluate("last checkpoint + BN pass")
     averaged = open_checkpoint(written, label=label)
     try:
-        with _user_code("loading the average into the model"):
-            load_weights(model, averaged)
+        fit = _load(model, averaged)
+        if batchnorm.compare:
+            if last_statistics:
+                own = _statistics_of(model)
+                _set_statistics(model, last_statistics)
+                evaluate("average, BN statistics of the last")
+                _set_statistics(model, own)
+            evaluate("average, BN statistics averaged" if is_average else "as stored")
     finally:
         averaged.close()
-    batches = batchnorm.batches
-    with _user_code("the BatchNorm pass"):
-        if callable(batches) and not isinstance(batches, Iterable):
-            batches = batches()
-        _refuse_other_than_batches(batches)
-        report = recompute_bn_stats(
-            model,
-            batches,
-            forward=batchnorm.forward,
-            max_batches=batchnorm.max_batches,
-            max_samples=batchnorm.max_samples,
-            progress=progress,
-        )
+    report = _run(model, batchnorm, progress("batchnorm"), processes)
+    evaluate("average + BN pass" if is_average else "as stored + BN pass")
     dtypes = {tensor.name: tensor.output_dtype.name for tensor in plan.tensors}
-    return report, list(bn_buffer_bytes(model, report, dtypes))
+    return BnOutcome(
+        report=report,
+        statistics=list(bn_buffer_bytes(model, report, dtypes, fit)),
+        metrics=rows[-1].metrics if rows else None,
+        comparison=tuple(rows) if batchnorm.compare else (),
+    )
+
+
+def _load(model: nn.Module, checkpoint: Checkpoint) -> Any:
+    with _user_code(f"loading {checkpoint.label} into the model"):
+        return load_weights(model, checkpoint)
+
+
+def _run(model: nn.Module, batchnorm: BnPass, progress: Report, processes: Processes) -> BnReport:
+    def batches() -> Iterable[Any]:
+        found = batchnorm.batches
+        if callable(found) and not isinstance(found, Iterable):
+            found = found()
+        _refuse_other_than_batches(found)
+        return found
+
+    with _user_code("the BatchNorm pass"):
+        return recompute_together(model, batches, batchnorm, processes=processes, progress=progress)
+
+
+def _statistics_of(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: buffer.clone()
+        for name, buffer in model.named_buffers()
+        if name.rpartition(".")[2] in _STATISTICS
+    }
+
+
+def _set_statistics(model: nn.Module, statistics: Mapping[str, Tensor]) -> None:
+    for name, buffer in model.named_buffers():
+        if name in statistics:
+            buffer.copy_(statistics[name])
 
 
 def _refuse_other_than_batches(batches: object) -> None:

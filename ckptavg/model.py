@@ -1,6 +1,7 @@
 """Between a saved checkpoint and a live model: loading weights, taking buffers back out."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,35 @@ from ckptavg.checkpoint import Checkpoint
 from ckptavg.errors import ModelError, OutputError
 from ckptavg.tensors import Piece, TensorInfo
 
+_COUNTERS_OF_WRAPPERS = ("n_averaged",)  # of torch's AveragedModel: no weight of the model
 
-def check_names(model: nn.Module, tensors: Mapping[str, TensorInfo], label: str) -> None:
+
+@dataclass(frozen=True, slots=True)
+class NameFit:
+    """How the names in a checkpoint answer to those of a model: by prefixes, one of them stripped.
+
+    Attributes:
+        stored_prefix: What the checkpoint's names begin with, and the model's do not.
+        model_prefix: The other way round.
+    """
+
+    stored_prefix: str = ""
+    model_prefix: str = ""
+
+    def stored(self, name: str) -> str:
+        """Return the checkpoint's name for one of the model's."""
+        return self.stored_prefix + name.removeprefix(self.model_prefix)
+
+    def in_model(self, name: str) -> str:
+        """Return the model's name for one of the checkpoint's."""
+        return self.model_prefix + name.removeprefix(self.stored_prefix)
+
+
+def check_names(model: nn.Module, tensors: Mapping[str, TensorInfo], label: str) -> NameFit:
     """Refuse a model whose state dict has other names or shapes than the tensors.
 
-    Of names that the model ties, one is enough.
+    Of names that the model ties, one is enough. A prefix that all names on one side have, such as
+    ``model.`` of a LightningModule, may be missing on the other.
 
     Raises:
         ModelError: With the first few names that differ, or if the model has no storage yet.
@@ -27,14 +52,18 @@ def check_names(model: nn.Module, tensors: Mapping[str, TensorInfo], label: str)
             f"{len(unbuilt)} tensors of the model have no storage yet (lazy, or on the meta "
             f"device): {_some(unbuilt)}; build it with real weights"
         )
-    tied = _tied_names(state)
-    missing = [
-        name
-        for name in state
-        if name not in tensors and not any(other in tensors for other in tied.get(name, ()))
+    weights = [name for name in tensors if name in state or name not in _COUNTERS_OF_WRAPPERS]
+    fits = [
+        NameFit(),
+        *(NameFit(stored_prefix=prefix) for prefix in _common_prefixes(weights)),
+        *(NameFit(model_prefix=prefix) for prefix in _common_prefixes(list(state))),
     ]
-    unexpected = [name for name in tensors if name not in state]
-    if missing or unexpected:
+    for fit in fits:
+        missing, unexpected = _differences(state, weights, fit)
+        if not missing and not unexpected:
+            break
+    else:
+        missing, unexpected = _differences(state, weights, fits[0])
         parts = []
         if missing:
             parts.append(f"{len(missing)} tensors of the model are missing: {_some(missing)}")
@@ -42,16 +71,50 @@ def check_names(model: nn.Module, tensors: Mapping[str, TensorInfo], label: str)
             parts.append(f"{len(unexpected)} tensors are not in the model: {_some(unexpected)}")
         raise ModelError(f"{label}: does not fit the model: {'; '.join(parts)}")
     for name, value in state.items():
-        if name not in tensors:  # tied to one that is there
+        stored = fit.stored(name)
+        if stored not in tensors:  # tied to one that is there
             continue
-        if isinstance(value, Tensor) and tuple(value.shape) != tensors[name].shape:
+        if isinstance(value, Tensor) and tuple(value.shape) != tensors[stored].shape:
             raise ModelError(
-                f"{label}: '{name}' has shape {list(tensors[name].shape)}, "
+                f"{label}: '{stored}' has shape {list(tensors[stored].shape)}, "
                 f"{list(value.shape)} in the model"
             )
+    return fit
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+def _differences(
+    state: Mapping[str, object], stored: Sequence[str], fit: NameFit
+) -> tuple[list[str], list[str]]:
+    """Return the model's names that are missing among the stored ones, and those too many."""
+    there = {fit.in_model(name) for name in stored if name.startswith(fit.stored_prefix)}
+    tied = _tied_names(state)
+    missing = [
+        name
+        for name in state
+        if name not in there and not any(other in there for other in tied.get(name, ()))
+    ]
+    unexpected = [
+        name
+        for name in stored
+        if not name.startswith(fit.stored_prefix) or fit.in_model(name) not in state
+    ]
+    return missing, unexpected
+
+
+def _common_prefixes(names: Sequence[str]) -> list[str]:
+    """Return the dotted prefixes that all names have, the shortest first."""
+    prefixes: list[str] = []
+    while names:
+        longest = prefixes[-1] if prefixes else ""
+        part, dot, _ = names[0][len(longest) :].partition(".")
+        prefix = f"{longest}{part}{dot}"
+        if not dot or not all(name.startswith(prefix) for name in names):
+            break
+        prefixes.append(prefix)
+    return prefixes
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> NameFit:
     """Load every tensor of a checkpoint into a model; names must match as in ``check_names``.
 
     Values are cast to the model's dtypes and copied to its devices.
@@ -61,9 +124,14 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
             the model refuses.
         CheckpointError: If the checkpoint cannot be read.
     """
-    check_names(model, checkpoint.tensors, checkpoint.label)
-    values = dict(read_tensors(checkpoint))
-    for name, others in _tied_names(model.state_dict()).items():
+    fit = check_names(model, checkpoint.tensors, checkpoint.label)
+    state = model.state_dict()
+    values = {
+        fit.in_model(name): value
+        for name, value in read_tensors(checkpoint)
+        if fit.in_model(name) in state
+    }
+    for name, others in _tied_names(state).items():
         owner = next(other for other in others if other in values)
         if name not in values:
             values[name] = values[owner]
@@ -76,6 +144,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
         model.load_state_dict(values, strict=True)
     except RuntimeError as error:
         raise ModelError(f"{checkpoint.label}: does not fit the model: {error}") from error
+    return fit
 
 
 def read_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
@@ -93,7 +162,7 @@ def read_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
 
 def bn_buffer_bytes(
-    model: nn.Module, report: BnReport, dtypes: Mapping[str, str]
+    model: nn.Module, report: BnReport, dtypes: Mapping[str, str], fit: NameFit
 ) -> Iterator[tuple[str, bytes]]:
     """Yield name and row-major bytes of every buffer that a BN pass has set.
 
@@ -103,6 +172,7 @@ def bn_buffer_bytes(
         model: After ``recompute_bn_stats``.
         report: What it returned.
         dtypes: Tensor name -> torch's name of the dtype to store.
+        fit: How stored names answer to the model's.
 
     Raises:
         ModelError: If the stored tensors go by other names than the layer's.
@@ -114,11 +184,14 @@ def bn_buffer_bytes(
         paths = [path for path, module in modules.items() if module is modules[layer.name]]
         for buffer in ("running_mean", "running_var", "num_batches_tracked"):
             names = [f"{path}.{buffer}" if path else buffer for path in paths]
-            stored = [name for name in names if name in state and name in dtypes]
+            stored = [name for name in names if name in state and fit.stored(name) in dtypes]
             if not stored and buffer != "num_batches_tracked":
                 raise ModelError(f"'{names[0]}' is not among the stored tensors")
             for name in stored:
-                yield name, _row_major_bytes(name, state[name], dtypes[name])
+                yield (
+                    fit.stored(name),
+                    _row_major_bytes(name, state[name], dtypes[fit.stored(name)]),
+                )
 
 
 def _row_major_bytes(name: str, value: Tensor, dtype: str) -> bytes:

@@ -19,8 +19,7 @@ from ckptavg.average import (
     Timings,
     average,
 )
-from ckptavg.checkpoint import Checkpoint, open_checkpoint
-from ckptavg.checkpoint.directory import read_json
+from ckptavg.checkpoint import open_checkpoint
 from ckptavg.destination import PROVENANCE_NAME
 from ckptavg.errors import ProcessError, UsageError
 from ckptavg.memory import peak_device_bytes, peak_host_bytes
@@ -28,7 +27,7 @@ from ckptavg.output import OutputDirectory
 from ckptavg.plan import DEFAULT_MAX_SHARD_BYTES
 from ckptavg.prepare import Prepared, chosen_schemes, prepared_average
 from ckptavg.processes import Processes, joined_processes
-from ckptavg.provenance import provenance, weight_file_metadata
+from ckptavg.provenance import earlier_provenance, provenance, weight_file_metadata
 from ckptavg.recipe import Accumulate, Buffers, OutputDType, Recipe, Scheme
 from ckptavg.results import (
     AverageResult,
@@ -44,6 +43,7 @@ from ckptavg.sources import expand_sources
 
 if TYPE_CHECKING:
     from ckptavg.batchnorm import BnReport
+    from ckptavg.bn_pass import BnOutcome
 
 _FEW_SAMPLES_A_BATCH = 16
 
@@ -141,14 +141,14 @@ def average_checkpoints(
         averaging = time.perf_counter()
         averaged = _average_together(processes, prepared, directory, before, progress)
         average_seconds = time.perf_counter() - averaging
-        reports = _recompute_bn(prepared, directory, batchnorm, progress)
+        outcomes = _recompute_bn(processes, prepared, directory, batchnorm, progress)
         notes = (
             *plan.notes, *prepared.notes, *directory.notes,
-            *(note for report in reports for note in _report_notes(report)),
+            *(note for one in outcomes if one is not None for note in _report_notes(one.report)),
         )  # fmt: skip
         publishing = time.perf_counter()
         processes.first(
-            lambda: _finish(prepared, directory, averaged.differing, list(notes), reports)
+            lambda: _finish(prepared, directory, averaged.differing, list(notes), outcomes)
         )
         publish_seconds = time.perf_counter() - publishing
     return AverageResult(
@@ -160,7 +160,7 @@ def average_checkpoints(
                 coefficients=one.row.coefficients,
                 differing=tuple(averaged.differing[index]),
                 taken_from=plan.labels[one.take_from],
-                batchnorm=reports[index],
+                **_outcome(outcomes[index]),
             )
             for index, one in enumerate(plan.outputs)
         ),
@@ -197,6 +197,7 @@ def recompute_bn(
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     overwrite: bool = False,
     include_code: bool = True,
+    distributed: bool = False,
     progress: Progress | None = None,
 ) -> AverageResult:
     """Recompute the BatchNorm statistics of one saved model; everything else stays bit for bit.
@@ -213,6 +214,7 @@ def recompute_bn(
         max_shard_bytes: Likewise.
         overwrite: Likewise.
         include_code: Likewise.
+        distributed: Likewise.
         progress: Likewise.
 
     Raises:
@@ -236,6 +238,7 @@ def recompute_bn(
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
         include_code=include_code,
+        distributed=distributed,
         progress=progress,
     )
 
@@ -287,11 +290,6 @@ def _prepare_together(
     **options: Any,
 ) -> Prepared:
     """Make the plan in every process, and see that it is the same in all."""
-    if processes.size > 1 and options["batchnorm"] is not None:
-        raise UsageError(
-            "the BatchNorm pass runs in one process: average without a model first, then run "
-            "ckptavg recompute-bn on the output"
-        )
     prepared: list[Prepared] = []
 
     def prepare() -> str:
@@ -370,30 +368,38 @@ def _average_together(
 
 
 def _recompute_bn(
+    processes: Processes,
     prepared: Prepared,
     directory: OutputDirectory,
     batchnorm: BnPass | None,
     progress: Progress | None,
-) -> list[BnReport | None]:
+) -> list[BnOutcome | None]:
     """Run the BatchNorm pass on every output, then put the statistics into the written files."""
-    if batchnorm is None or prepared.run_bn_pass is None:
+    run = prepared.run_bn_pass
+    if batchnorm is None or run is None:
         return [None] * len(directory.models)
-    reports: list[BnReport | None] = []
-    patches = []
-    for model in directory.models:
-        model.add_index()
-        report, statistics = prepared.run_bn_pass(
-            model.directory,
-            str(directory.output),
-            _stage(progress, "batchnorm", batchnorm.max_samples),
-        )
-        reports.append(report)
-        patches.append((model, statistics))
-    directory.end_journal()
-    for model, statistics in patches:
-        for name, data in statistics:
-            model.patch(name, data)
-    return reports
+
+    def report(stage: str) -> Callable[[int], None]:
+        return _stage(progress, stage, batchnorm.max_samples)
+
+    def add_indexes() -> None:
+        for model in directory.models:
+            model.add_index()
+
+    processes.first(add_indexes)
+    outcomes = [
+        run(number, model.directory, str(directory.output), report)
+        for number, model in enumerate(directory.models)
+    ]
+
+    def patch() -> None:
+        directory.end_journal()
+        for model, outcome in zip(directory.models, outcomes, strict=True):
+            for name, data in outcome.statistics:
+                model.patch(name, data)
+
+    processes.first(patch)
+    return [*outcomes]
 
 
 def _finish(
@@ -401,13 +407,13 @@ def _finish(
     directory: OutputDirectory,
     differing: Sequence[Sequence[str]],
     notes: Sequence[str],
-    reports: Sequence[BnReport | None],
+    outcomes: Sequence[BnOutcome | None],
 ) -> None:
     """Add what belongs beside the weights, and publish."""
     plan = prepared.plan
-    derived_from = [_earlier_provenance(one) for one in prepared.checkpoints]
+    derived_from = [earlier_provenance(one) for one in prepared.checkpoints]
     for index, (one, model) in enumerate(zip(plan.outputs, directory.models, strict=True)):
-        report, files = reports[index], prepared.side_files[index]
+        outcome, files = outcomes[index], prepared.side_files[index]
         model.add_index()
         copy_side_files(files, model, output_dtype=plan.changed_dtype)
         model.add_file(
@@ -421,24 +427,28 @@ def _finish(
                 notes=notes,
                 side_files=[file.name for file in files],
                 derived_from=derived_from,
-                batchnorm=None if report is None else asdict(report),
+                batchnorm=None if outcome is None else asdict(outcome.report),
+                metrics=None if outcome is None else outcome.metrics,
+                comparison=() if outcome is None else [asdict(row) for row in outcome.comparison],
             ),
         )
     directory.publish()
 
 
-def _earlier_provenance(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Return how a checkpoint was made, if ckptavg made it."""
-    if checkpoint.directory is None:
-        return None
-    path = Path(checkpoint.directory) / PROVENANCE_NAME
-    return read_json(path, str(path))
+def _outcome(outcome: BnOutcome | None) -> dict[str, Any]:
+    """Return what a result tells of the BatchNorm pass."""
+    if outcome is None:
+        return {"batchnorm": None}
+    return {
+        "batchnorm": outcome.report,
+        "metrics": outcome.metrics,
+        "comparison": outcome.comparison,
+    }
 
 
-def _report_notes(report: BnReport | None) -> list[str]:
-    if report is None:
-        return []
+def _report_notes(report: BnReport) -> list[str]:
     notes = [f"BatchNorm layer '{name}' {why}" for name, why in report.skipped.items()]
+    notes += [f"BatchNorm pass: {note}" for note in report.notes]
     if not report.layers and not report.skipped:
         notes.append("the model has no BatchNorm layers: no BN pass was needed")
     if report.layers and report.n_samples < _FEW_SAMPLES_A_BATCH * report.n_batches:

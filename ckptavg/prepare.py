@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ckptavg.average import (
     DEFAULT_MEMORY_BUDGET_BYTES,
@@ -15,23 +14,22 @@ from ckptavg.average import (
     choose_device,
     size_workspace,
 )
-from ckptavg.checkpoint import Checkpoint, normalise_names
+from ckptavg.checkpoint import Checkpoint, normalise_names, open_checkpoint
 from ckptavg.destination import check_destination
-from ckptavg.errors import UsageError
+from ckptavg.errors import SourceError, UsageError
 from ckptavg.plan import DEFAULT_MAX_SHARD_BYTES, AveragePlan, plan_average
 from ckptavg.processes import Processes
+from ckptavg.provenance import earlier_provenance
 from ckptavg.recipe import Recipe, Scheme, parse_scheme
 from ckptavg.results import BnPass, Source
 from ckptavg.side_files import SideFile, find_side_files
 from ckptavg.sources import close_all, open_sources, order_by_position
 
 if TYPE_CHECKING:
-    from ckptavg.batchnorm import BnReport
+    from ckptavg.bn_pass import BnOutcome
 
-    # directory of an average, what messages call it, progress -> report, statistics
-    RunBnPass = Callable[
-        [Path, str, Callable[[int], None]], tuple[BnReport, list[tuple[str, bytes]]]
-    ]
+    # number and directory of an output, what messages call it, progress of a stage -> outcome
+    RunBnPass = Callable[[int, Path, str, Callable[[str], Callable[[int], None]]], BnOutcome]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +132,16 @@ def prepared_average(
             plan=plan,
             workspace=workspace,
             side_files=side_files,
-            run_bn_pass=_bn_pass(batchnorm, checkpoints[-1], plan, workspace.device),
+            run_bn_pass=_bn_pass(
+                batchnorm,
+                checkpoints,
+                plan,
+                workspace.device,
+                processes,
+                opened,
+                state_key=state_key,
+                strip_prefixes=strip_prefixes,
+            ),
             notes=(*side_notes, *_batchnorm_due(plan, batchnorm)),
         )
     finally:
@@ -142,7 +149,13 @@ def prepared_average(
 
 
 def _bn_pass(
-    batchnorm: BnPass | None, checkpoint: Checkpoint, plan: AveragePlan, device: str
+    batchnorm: BnPass | None,
+    checkpoints: Sequence[Checkpoint],
+    plan: AveragePlan,
+    device: str,
+    processes: Processes,
+    opened: list[Checkpoint],
+    **reading: Any,
 ) -> RunBnPass | None:
     """Build the user's model; return what will run the BatchNorm pass on a written average."""
     if batchnorm is None:
@@ -150,8 +163,54 @@ def _bn_pass(
     # imported here: importing torch takes longer than averaging most models
     from ckptavg.bn_pass import build_model, check_repeatable, recompute_written
 
-    check_repeatable(batchnorm, len(plan.outputs))
-    return partial(recompute_written, build_model(batchnorm, checkpoint, device), batchnorm, plan)
+    lasts: list[Checkpoint | None] = [None] * len(plan.outputs)
+    if batchnorm.compare:
+        given = _last_checkpoint(batchnorm, checkpoints, opened, **reading)
+        lasts = [given or checkpoints[one.row.used[-1]] for one in plan.outputs]
+        if given is None and plan.n_checkpoints == 1:
+            lasts = [None]
+    check_repeatable(batchnorm, sum(1 if last is None else 2 for last in lasts))
+    model = build_model(batchnorm, checkpoints[-1], device)
+
+    def run(
+        number: int, written: Path, label: str, progress: Callable[[str], Callable[[int], None]]
+    ) -> BnOutcome:
+        return recompute_written(
+            model, batchnorm, plan, written, label, lasts[number], progress, processes
+        )
+
+    return run
+
+
+def _last_checkpoint(
+    batchnorm: BnPass,
+    checkpoints: Sequence[Checkpoint],
+    opened: list[Checkpoint],
+    *,
+    state_key: str | None,
+    strip_prefixes: Sequence[str],
+) -> Checkpoint | None:
+    """Open what an average is compared with, where that is not among the checkpoints.
+
+    Raises:
+        SourceError: If the provenance of a single model names a checkpoint that is not there.
+    """
+    source = batchnorm.last_checkpoint
+    if source is None and len(checkpoints) == 1:
+        earlier = earlier_provenance(checkpoints[0])
+        try:
+            source = None if earlier is None else str(earlier["checkpoints"][-1]["source"])
+        except (LookupError, TypeError):
+            source = None
+        if source is not None and not Path(source).exists():
+            raise SourceError(
+                f"{checkpoints[0].label}: the last checkpoint that went into it, {source}, is not "
+                "there; say where it is (--last-checkpoint)"
+            )
+    if source is None:
+        return None
+    opened.append(open_checkpoint(source, state_key=state_key))
+    return normalise_names(opened[-1:], strip_prefixes)[0][0]
 
 
 def _batchnorm_due(plan: AveragePlan, batchnorm: BnPass | None) -> list[str]:

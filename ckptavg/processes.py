@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ckptavg.errors import CkptavgError, ProcessEndedError, ProcessError, UsageError
 
 if TYPE_CHECKING:
-    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup
 
 T = TypeVar("T")
 
@@ -80,8 +80,11 @@ class Processes:
 class _TorchProcesses(Processes):
     """Those of one torchrun; gloo carries their words, a store tells of failures at once."""
 
-    def __init__(self, store: PrefixStore, rank: int, size: int) -> None:
+    def __init__(
+        self, store: PrefixStore, rank: int, size: int, group: ProcessGroup | None
+    ) -> None:
         self.rank, self.size = rank, size
+        self._group = group
         self.local_rank = int(os.environ.get("LOCAL_RANK", rank))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
         self._store = store
@@ -134,12 +137,12 @@ class _TorchProcesses(Processes):
         try:
             words = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8)
             lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-            distributed.all_gather(lengths, torch.tensor([len(words)]))
+            distributed.all_gather(lengths, torch.tensor([len(words)]), self._group)
             longest = int(max(lengths))
             padded = torch.zeros(longest, dtype=torch.uint8)
             padded[: len(words)] = words
             gathered = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-            distributed.all_gather(gathered, padded)
+            distributed.all_gather(gathered, padded, self._group)
         except RuntimeError as error:  # what torch raises when a connection breaks
             raise ProcessEndedError("another process ended; nothing was published") from error
         return [
@@ -150,10 +153,10 @@ class _TorchProcesses(Processes):
 
 @contextmanager
 def joined_processes(*, distributed: bool) -> Iterator[Processes]:
-    """Join the processes that torchrun started, or be the only one.
+    """Join the processes that torchrun started, or those of the process group there is.
 
     Args:
-        distributed: Whether to look for others.
+        distributed: Whether to look for others; if not, this process is the only one.
 
     Raises:
         UsageError: If there is nobody to join: the process was not started by torchrun.
@@ -162,24 +165,30 @@ def joined_processes(*, distributed: bool) -> Iterator[Processes]:
     if not distributed:
         yield Processes()
         return
-    if missing := [name for name in _MEMBERS if name not in os.environ]:
-        raise UsageError(f"distributed: {missing[0]} is not set; start the processes with torchrun")
     from torch import distributed as torch_distributed
-    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
     from torch.distributed.rendezvous import rendezvous
 
-    if torch_distributed.is_initialized():
-        raise UsageError("distributed: this process already belongs to a process group")
+    is_ours = not torch_distributed.is_initialized()
+    if is_ours and (missing := [name for name in _MEMBERS if name not in os.environ]):
+        raise UsageError(f"distributed: {missing[0]} is not set; start the processes with torchrun")
+    # words of an earlier run in these processes must not be taken for those of this one
+    prefix = f"ckptavg/{next(_RUN_NUMBERS)}"
+    group: ProcessGroup | None = None
     try:
-        store, rank, size = next(rendezvous("env://"))
-        # words of an earlier run in these processes must not be taken for those of this one
-        store = PrefixStore(f"ckptavg/{next(_RUN_NUMBERS)}", store)
-        torch_distributed.init_process_group(
-            "gloo", store=store, rank=rank, world_size=size, timeout=_MEETING_TIMEOUT
-        )
+        if is_ours:
+            store, rank, size = next(rendezvous("env://"))
+            store = PrefixStore(prefix, store)
+            torch_distributed.init_process_group(
+                "gloo", store=store, rank=rank, world_size=size, timeout=_MEETING_TIMEOUT
+            )
+        else:  # a training script's, perhaps for GPUs only
+            store = PrefixStore(prefix, _get_default_store())
+            rank, size = torch_distributed.get_rank(), torch_distributed.get_world_size()
+            group = torch_distributed.new_group(backend="gloo", timeout=_MEETING_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise ProcessError(f"cannot join the other processes: {error}") from error
     try:
-        yield _TorchProcesses(store, rank, size)
+        yield _TorchProcesses(store, rank, size, group)
     finally:
-        torch_distributed.destroy_process_group()
+        torch_distributed.destroy_process_group(group)

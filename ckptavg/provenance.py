@@ -5,9 +5,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from ckptavg.blocks import Action
+from ckptavg.checkpoint import Checkpoint
+from ckptavg.checkpoint.directory import read_json
+from ckptavg.destination import PROVENANCE_NAME
 from ckptavg.plan import AveragePlan, OutputPlan
 
 FORMAT_VERSION = 1
@@ -43,6 +47,8 @@ def provenance(
     side_files: Sequence[str],
     derived_from: Sequence[Mapping[str, Any] | None],
     batchnorm: Mapping[str, Any] | None,
+    metrics: Mapping[str, float] | None,
+    comparison: Sequence[Mapping[str, Any]],
 ) -> bytes:
     """Return the JSON text of ``ckptavg.json`` for one output; it lists what went into that."""
     siblings = [other.name for other in plan.outputs]
@@ -72,6 +78,8 @@ def provenance(
         "tensors": tensor_summary(plan, output, differing),
         "notes": list(notes),
         "batchnorm": batchnorm,
+        "metrics": metrics,
+        "comparison": list(comparison),
         "output": {
             "nbytes": plan.total_nbytes,
             "shards": [shard.filename for shard in plan.shards],
@@ -81,6 +89,18 @@ def provenance(
         "device": device,
     }
     return (json_text(content) + "\n").encode("utf-8")
+
+
+def earlier_provenance(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Return how a checkpoint was made, if ckptavg made it.
+
+    Raises:
+        CheckpointError: If its provenance is damaged.
+    """
+    if checkpoint.directory is None:
+        return None
+    path = Path(checkpoint.directory) / PROVENANCE_NAME
+    return read_json(path, str(path))
 
 
 def json_text(value: Any) -> str:

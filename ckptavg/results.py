@@ -7,40 +7,65 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckptavg.bn_options import BnOptions
 from ckptavg.errors import UsageError
 from ckptavg.tensors import FileStamp, TensorInfo
 
 if TYPE_CHECKING:  # importing torch takes longer than averaging most models
     from torch import nn
 
-    from ckptavg.batchnorm import BnReport, Forward
+    from ckptavg.batchnorm import BnReport
+    from ckptavg.evaluate import Evaluate
+    from ckptavg.model_zoo import ModelFromConfig
 
 Source = str | Path
 Progress = Callable[[str, int, int | None], None]  # stage, done since the last call, total
 
 
 @dataclass(frozen=True, kw_only=True)
-class BnPass:
-    """A model and the data to recompute its BatchNorm statistics with.
+class BnPass(BnOptions):
+    """A model and the data to recompute its BatchNorm statistics with, and how; see ``BnOptions``.
 
     Attributes:
-        model: The module, or a function without arguments that builds it. Its weights are replaced.
+        model: The module, or a function without arguments that builds it, or what
+            ``ckptavg.model_from`` returns. Its weights are replaced.
         batches: An iterable of batches, or a function without arguments that returns one.
-        forward: ``forward(model, batch)`` runs the model; None passes tensors and first items of
-            tuples as they are, and mappings as keyword arguments.
-        max_batches, max_samples: Where to stop; None uses all data.
+        evaluate: ``evaluate(model)`` returns a number, or several by name, for the model that is
+            published; None evaluates nothing.
+        compare: Evaluate also what shows what the pass and what averaging brings: the last
+            checkpoint, with and without a pass of its own, and the average with other statistics.
+        last_checkpoint: What ``compare`` takes for the last checkpoint; None takes that of the
+            average, or what the provenance of a single model names.
+
+    Raises:
+        UsageError: If a value makes no sense.
     """
 
-    model: nn.Module | Callable[[], nn.Module]
+    model: nn.Module | Callable[[], nn.Module] | ModelFromConfig
     batches: Iterable[Any] | Callable[[], Iterable[Any]]
-    forward: Forward | None = None
-    max_batches: int | None = None
-    max_samples: int | None = None
+    evaluate: Evaluate | None = None
+    compare: bool = False
+    last_checkpoint: Source | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("max_batches", self.max_batches), ("max_samples", self.max_samples)):
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}, expected at least 1")
+        BnOptions.__post_init__(self)
+        if self.compare and self.evaluate is None:
+            raise UsageError("compare needs a metric: evaluate (--eval)")
+        if self.last_checkpoint is not None and not self.compare:
+            raise UsageError("last_checkpoint (--last-checkpoint) belongs to compare (--compare)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRow:
+    """What the evaluation says of some weights with some BatchNorm statistics.
+
+    Attributes:
+        name: Such as ``last checkpoint + BN pass``.
+        metrics: By name.
+    """
+
+    name: str
+    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +79,9 @@ class OutputResult:
         differing: Integer and bool tensors that differed and were taken from ``taken_from``.
         taken_from: Label of the checkpoint that gave them.
         batchnorm: What the BatchNorm pass did; None without one.
+        metrics: What the evaluation says of it; None without one.
+        comparison: What it says of weights and statistics put together otherwise, in the order to
+            read; empty unless asked for.
     """
 
     path: Path
@@ -62,6 +90,8 @@ class OutputResult:
     differing: tuple[str, ...]
     taken_from: str
     batchnorm: BnReport | None
+    metrics: Mapping[str, float] | None = None
+    comparison: tuple[ComparisonRow, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -723,14 +723,19 @@ FAILURES: dict[str, Failure] = {
         KeyboardInterrupt, ""),
     "progress that raises": (
         lambda: SIXTEENS, lambda: {"progress": raising_progress}, StopError, "no more"),
-    "one value per channel": (
-        lambda: [*SIXTEENS, SIXTEENS[0][:1]], dict, BatchNormError,
+    "one value per channel in all": (
+        lambda: [SIXTEENS[0][:1]], dict, BatchNormError,
         "layer 'bn' got a batch with 1 value per channel, which has no variance; use larger "
         "batches, or drop the last small one"),
-    "no value per channel": (
-        lambda: [*SIXTEENS, SIXTEENS[0][:0]], dict, BatchNormError,
+    "no value per channel in all": (
+        lambda: [SIXTEENS[0][:0]], dict, BatchNormError,
         "layer 'bn' got a batch with no value per channel, which has no variance; use larger "
         "batches, or drop the last small one"),
+    "one value per channel that fits no other batch": (
+        lambda: [{"x": SIXTEENS[0]}, SIXTEENS[0][:1]], dict, BatchNormError,
+        "layer 'bn' got a batch with 1 value per channel, which has no variance; use larger "
+        "batches, or drop the last small one (it cannot be joined to the batch beside it: other "
+        "types)"),
     "infinity in the data": (
         lambda: WITH_INFINITY, dict, BatchNormError,
         "layer 'bn': 5 of 5 channels have non-finite statistics; the data or the weights hold "

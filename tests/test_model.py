@@ -10,7 +10,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from ckptavg import ModelError, OutputError, open_checkpoint, recompute_bn_stats
-from ckptavg.model import bn_buffer_bytes, check_names, load_weights, read_tensors
+from ckptavg.model import NameFit, bn_buffer_bytes, check_names, load_weights, read_tensors
 from ckptavg.tensors import DTYPE_BY_NAME, TensorInfo
 
 
@@ -229,7 +229,7 @@ def test_recomputed_buffers_come_out_in_the_dtypes_to_store() -> None:
         "1.running_var": "float64",
         "1.num_batches_tracked": "int64",
     }
-    found = dict(bn_buffer_bytes(model, report, dtypes))
+    found = dict(bn_buffer_bytes(model, report, dtypes, NameFit()))
     state = model.state_dict()
     assert list(found) == list(dtypes)
     for name, data in found.items():
@@ -241,21 +241,21 @@ def test_a_layer_without_a_counter_gives_two_buffers() -> None:
     model = net()
     report = recompute_bn_stats(model, [torch.randn(16, 3)])
     dtypes = {"1.running_mean": "float32", "1.running_var": "float32"}
-    assert list(dict(bn_buffer_bytes(model, report, dtypes))) == list(dtypes)
+    assert list(dict(bn_buffer_bytes(model, report, dtypes, NameFit()))) == list(dtypes)
 
 
 def test_skipped_layers_give_no_buffers() -> None:
     model = net().train()
     model[1].eval()
     report = recompute_bn_stats(model, [torch.randn(16, 3)])
-    assert dict(bn_buffer_bytes(model, report, {"1.running_mean": "float32"})) == {}
+    assert dict(bn_buffer_bytes(model, report, {"1.running_mean": "float32"}, NameFit())) == {}
 
 
 def test_a_layer_that_is_the_whole_model_has_names_without_a_dot() -> None:
     model = nn.BatchNorm1d(3)
     report = recompute_bn_stats(model, [torch.randn(16, 3)])
     dtypes = {"running_mean": "float32", "running_var": "float32", "num_batches_tracked": "int64"}
-    assert list(dict(bn_buffer_bytes(model, report, dtypes))) == list(dtypes)
+    assert list(dict(bn_buffer_bytes(model, report, dtypes, NameFit()))) == list(dtypes)
 
 
 @pytest.mark.parametrize("stored", [("a", "b"), ("a",), ("b",)])
@@ -264,7 +264,7 @@ def test_a_layer_with_two_names_is_given_under_all_that_are_stored(stored: tuple
     model = nn.ModuleDict({"a": layer, "b": layer})
     report = recompute_bn_stats(model, [torch.randn(16, 3)], forward=lambda model, x: layer(x))
     dtypes = {f"{name}.running_{what}": "float32" for what in ("mean", "var") for name in stored}
-    found = dict(bn_buffer_bytes(model, report, dtypes))
+    found = dict(bn_buffer_bytes(model, report, dtypes, NameFit()))
     assert found.keys() == dtypes.keys()
     for name, data in found.items():
         assert torch.equal(decoded(data, torch.float32), model.state_dict()[name])
@@ -274,7 +274,7 @@ def test_statistics_that_would_not_be_stored_anywhere_are_refused() -> None:
     model = net()
     report = recompute_bn_stats(model, [torch.randn(16, 3)])
     with pytest.raises(ModelError, match="^'1.running_mean' is not among the stored tensors$"):
-        dict(bn_buffer_bytes(model, report, {"renamed.running_mean": "float32"}))
+        dict(bn_buffer_bytes(model, report, {"renamed.running_mean": "float32"}, NameFit()))
 
 
 def test_statistics_that_the_stored_dtype_cannot_hold_are_refused() -> None:
@@ -282,7 +282,7 @@ def test_statistics_that_the_stored_dtype_cannot_hold_are_refused() -> None:
     report = recompute_bn_stats(model, [torch.randn(16, 3) * 1000])
     dtypes = {"running_mean": "float16", "running_var": "float16"}
     with pytest.raises(OutputError) as caught:
-        dict(bn_buffer_bytes(model, report, dtypes))
+        dict(bn_buffer_bytes(model, report, dtypes, NameFit()))
     assert str(caught.value) == (
         "'running_var' has values too large for float16, in which it is stored"
     )

@@ -152,7 +152,7 @@ attempt("b", dtype="bfloat16" if rank else "same")
 attempt("c", state_key="nothing" if rank else None)
 (folder / "d").mkdir(exist_ok=True)
 attempt("d")
-attempt("e", batchnorm=BnPass(model=None, batches=[]))
+attempt("e", batchnorm=BnPass(model=lambda: 1 / 0, batches=[]))
 attempt("f")
 (folder / f"told-{rank}.json").write_text(json.dumps(told))
 """
@@ -170,7 +170,7 @@ attempt("f")
     assert first[3] == second[3]
     assert first[3].startswith(f"OutputError: {tmp_path}/d: already exists")
     assert first[4] == second[4]
-    assert first[4].startswith("UsageError: the BatchNorm pass runs in one process")
+    assert first[4] == "ModelError: building the model failed: ZeroDivisionError: division by zero"
     assert first[5] == second[5] == "published"
     assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] in "abcdef") == [
         "d",
@@ -213,17 +213,25 @@ def test_command_line_under_torchrun(tmp_path: Path, sources: list[Path]) -> Non
     assert "already exists; pass --overwrite to replace it" in ended.stderr
 
 
-def test_a_process_that_belongs_to_a_group_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    with (
-        pytest.raises(UsageError, match="already belongs to a process group"),
-        joined_processes(distributed=True),
-    ):
-        pass
+def test_processes_of_a_training_script_share_too(tmp_path: Path, sources: list[Path]) -> None:
+    """Their process group is used, and is theirs again afterwards."""
+    body = """
+from torch import distributed
+import torch
+distributed.init_process_group("gloo")
+result = average_checkpoints(sources, folder / "out", distributed=True)
+assert result.n_processes == 2
+total = torch.ones(1)
+distributed.all_reduce(total)
+assert total.item() == 2
+distributed.destroy_process_group()
+"""
+    ended = script(tmp_path, body, sources)
+    assert ended.returncode == 0, ended.stderr
+    average_checkpoints(sources, tmp_path / "whole")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (
+        tmp_path / "whole/model.safetensors"
+    ).read_bytes()
 
 
 def test_processes_that_cannot_be_reached_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

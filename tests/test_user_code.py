@@ -15,6 +15,7 @@ from torch import nn
 from ckptavg import BnPass, ModelError
 from ckptavg.cli.options import model_options
 from ckptavg.cli.user_code import load_bn_pass, load_thing
+from ckptavg.model_zoo import ModelFromConfig
 
 CODE = '''
 """Models and data as users write them."""
@@ -109,6 +110,7 @@ def built(**options: Any) -> nn.Module:
     """Return the model of a pass, built as the pipeline builds it."""
     found = bn_pass(**options)
     assert found is not None
+    assert not isinstance(found.model, ModelFromConfig)
     return found.model if isinstance(found.model, nn.Module) else found.model()
 
 
@@ -345,7 +347,7 @@ def test_options_of_the_pass_are_refused_without_it(option: str, keyword: str, v
 
 
 @click.command()
-@model_options(required=True)
+@model_options(required=True, compare="--compare")
 def show(**options: Any) -> None:
     click.echo(repr(dict(options["model_arguments"])))
 

@@ -71,7 +71,7 @@ Examples:
     "--allow-nonfinite", is_flag=True, help="Keep infinity and NaN instead of refusing them."
 )
 @reading_options
-@model_options(required=False)
+@model_options(required=False, compare="--compare-bn")
 @machine_options
 @click.option("--dry-run", is_flag=True, help="Show what would be done; read nothing but headers.")
 @talk_options

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-_UNITS = {"average": "B", "batchnorm": "sample"}
+_UNITS = {"average": "B"}
 
 
 class ProgressBars:
@@ -42,7 +42,7 @@ class ProgressBars:
             self._bar = tqdm(
                 total=total,
                 desc=stage,
-                unit=_UNITS[stage],
+                unit=_UNITS.get(stage, "sample"),
                 unit_scale=True,
                 leave=False,
                 file=sys.stderr,

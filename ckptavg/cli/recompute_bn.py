@@ -1,5 +1,6 @@
 """``ckptavg recompute-bn``: right BatchNorm statistics for one saved model."""
 
+import os
 from typing import Any
 
 import click
@@ -21,6 +22,9 @@ _EPILOG = """\b
 Examples:
   ckptavg recompute-bn swa -o swa-bn --model my_pkg:build --data my_pkg:batches
   ckptavg recompute-bn last.pt -o fixed --model my_pkg:Net --model-arg width=64 --data my_pkg:data
+  ckptavg recompute-bn swa -o swa-bn --model timm:resnet50 --data my_pkg:data --amp bfloat16
+  torchrun --nproc-per-node 4 -m ckptavg recompute-bn swa -o swa-bn --model my_pkg:build \
+    --data my_pkg:batches
 """
 
 
@@ -28,7 +32,7 @@ Examples:
 @click.argument("source", metavar="MODEL")
 @output_options
 @reading_options
-@model_options(required=True)
+@model_options(required=True, compare="--compare")
 @machine_options
 @talk_options
 def command(
@@ -40,7 +44,11 @@ def command(
     bit. The statistics are those of all samples together, exact for unequal batches.
     """
     from ckptavg.pipeline import recompute_bn
+    from ckptavg.processes import started_by_torchrun
 
+    distributed = started_by_torchrun()
+    is_first = not distributed or os.environ.get("RANK") == "0"
+    quiet = quiet or not is_first
     with stdout_for_the_result():
         batchnorm = load_bn_pass(**model_arguments(options))
     if batchnorm is None:
@@ -52,8 +60,11 @@ def command(
             batchnorm,
             **pipeline_arguments(options),
             include_code=not options["no_code"],
+            distributed=distributed,
             progress=progress,
         )
+    if not is_first:
+        return
     report = result.outputs[0].batchnorm
     recomputed = report is not None and report.layers
     done = f"{source} with recomputed BatchNorm statistics" if recomputed else f"a copy of {source}"

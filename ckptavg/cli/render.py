@@ -1,6 +1,7 @@
 """Values -> text for people; every name that comes from a file is escaped on the way out."""
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from ckptavg.errors import AfterPublishError, OutputError, printable
 if TYPE_CHECKING:
     from ckptavg.batchnorm import BnReport
     from ckptavg.prepare import Prepared
-    from ckptavg.results import AverageResult, CheckpointInfo
+    from ckptavg.results import AverageResult, CheckpointInfo, OutputResult
 
 
 def echo_lines(lines: Iterable[str]) -> None:
@@ -137,6 +138,7 @@ def summary_lines(result: "AverageResult", done: str) -> list[str]:
             )
         if one.batchnorm is not None and one.batchnorm.layers:
             lines += batchnorm_lines(one.batchnorm)
+        lines += evaluation_lines(one)
     return lines
 
 
@@ -164,9 +166,10 @@ def _rate(nbytes: float, seconds: float) -> str:
 def batchnorm_lines(report: "BnReport") -> list[str]:
     """Return how far each layer's statistics moved."""
     rate = report.n_samples / max(report.seconds, 1e-9)
+    how = "" if report.estimator == "population" else f" by the estimator '{report.estimator}'"
     lines = [
-        f"  BatchNorm: {len(report.layers)} layers recomputed over {report.n_samples} samples in "
-        f"{report.n_batches} batches, {report.seconds:.2f} s ({rate:,.0f} samples/s)"
+        f"  BatchNorm: {len(report.layers)} layers recomputed{how} over {report.n_samples} samples "
+        f"in {report.n_batches} batches, {report.seconds:.2f} s ({rate:,.0f} samples/s)"
     ]
     rows = [
         [
@@ -178,7 +181,26 @@ def batchnorm_lines(report: "BnReport") -> list[str]:
         for layer in report.layers
     ]
     header = ["    layer", "channels", "mean moved by up to", "variance changed by a factor of"]
-    return lines + table(header, rows)
+    lines += table(header, rows)
+    if report.convergence is not None:
+        lines.append(
+            f"    the last {report.convergence.share:.0%} of the data moved no mean by more than "
+            f"{report.convergence.change:.2g} sd, no variance by more than "
+            f"{report.convergence.change:.2%}"
+        )
+    return lines
+
+
+def evaluation_lines(output: "OutputResult") -> list[str]:
+    """Return what the evaluation says of a model, and of what it is compared with."""
+    if output.metrics is None:
+        return []
+    rows = [(row.name, row.metrics) for row in output.comparison] or [("model", output.metrics)]
+    names = list(output.metrics)
+    return table(
+        ["  evaluation", *names],
+        [[f"  {name}", *(f"{one.get(key, math.nan):.6g}" for key in names)] for name, one in rows],
+    )
 
 
 def plan_lines(prepared: "Prepared", output: str) -> list[str]:

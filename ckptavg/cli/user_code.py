@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 Arguments = Sequence[tuple[str, Any]]
 
+_DEFAULTS = {"estimator": "population", "train_mode": "bn"}
+_FLAGS = {"max_batches": "--batches", "max_samples": "--samples", "compare": "--compare-bn"}
+
 
 def load_thing(name: str, option: str) -> Any:
     """Import ``pkg.mod:thing``; the current directory is searched first.
@@ -46,38 +49,40 @@ def load_bn_pass(
     data_name: str | None,
     data_arguments: Arguments,
     forward_name: str | None,
-    max_batches: int | None,
-    max_samples: int | None,
+    eval_name: str | None = None,
+    **options: Any,
 ) -> "BnPass | None":
     """Build the BatchNorm pass that the options ask for; None if they name no model.
+
+    Args:
+        model_name: What the options of these names say.
+        model_arguments: Likewise.
+        data_name: Likewise.
+        data_arguments: Likewise.
+        forward_name: Likewise.
+        eval_name: Likewise.
+        options: Further attributes of ``BnPass``.
 
     Raises:
         click.UsageError: If options are given that need others.
         ModelError: If something named cannot be imported or is of the wrong kind.
     """
     if model_name is None and data_name is None:
-        for option, value in (
-            ("--model-arg", model_arguments), ("--data-arg", data_arguments),
-            ("--forward", forward_name), ("--batches", max_batches), ("--samples", max_samples),
-        ):  # fmt: skip
-            if value:
-                raise click.UsageError(f"{option} needs --model and --data")
+        given = {
+            "model_arg": model_arguments, "data_arg": data_arguments, "forward": forward_name,
+            "eval": eval_name, **options,
+        }  # fmt: skip
+        for name, value in given.items():
+            is_default = value is None or value in (False, ()) or value == _DEFAULTS.get(name)
+            if not is_default or (name == "seed" and value is not None):
+                raise click.UsageError(f"{_FLAGS.get(name, _flag(name))} needs --model and --data")
         return None
     if model_name is None or data_name is None:
         raise click.UsageError("--model and --data belong together: the BatchNorm pass needs both")
 
-    from torch import nn
-
     from ckptavg.results import BnPass
 
-    model = load_thing(model_name, "--model")
-    if isinstance(model, nn.Module):
-        if model_arguments:
-            raise click.UsageError(f"--model-arg: {model_name} is a module already, not a factory")
-    elif not callable(model):
-        raise ModelError(f"--model {model_name}: is a {type(model).__name__}, expected a model")
-    else:
-        model = partial(model, **dict(model_arguments))
+    model = _model(model_name, model_arguments)
     batches = load_thing(data_name, "--data")
     if callable(batches) and not isinstance(batches, Iterable):
         batches = partial(batches, **dict(data_arguments))
@@ -87,17 +92,42 @@ def load_bn_pass(
         )
     elif data_arguments:
         raise click.UsageError(f"--data-arg: {data_name} is an iterable already, not a factory")
-    forward: Callable[..., Any] | None = None
-    if forward_name is not None:
-        forward = load_thing(forward_name, "--forward")
-        if not callable(forward):
-            raise ModelError(
-                f"--forward {forward_name}: is a {type(forward).__name__}, expected a function"
-            )
     return BnPass(
         model=model,
         batches=batches,
-        forward=forward,
-        max_batches=max_batches,
-        max_samples=max_samples,
+        forward=_function(forward_name, "--forward"),
+        evaluate=_function(eval_name, "--eval"),
+        **options,
     )
+
+
+def _model(name: str, arguments: Arguments) -> Any:
+    from torch import nn
+
+    from ckptavg.model_zoo import LIBRARIES, ModelFromConfig
+
+    library, _, model_name = name.partition(":")
+    if library in LIBRARIES and model_name:
+        return ModelFromConfig(library, model_name, dict(arguments))
+    model = load_thing(name, "--model")
+    if isinstance(model, nn.Module):
+        if arguments:
+            raise click.UsageError(f"--model-arg: {name} is a module already, not a factory")
+        return model
+    if not callable(model):
+        raise ModelError(f"--model {name}: is a {type(model).__name__}, expected a model")
+    return partial(model, **dict(arguments))
+
+
+def _function(name: str | None, option: str) -> Callable[..., Any] | None:
+    if name is None:
+        return None
+    function = load_thing(name, option)
+    if not callable(function):
+        raise ModelError(f"{option} {name}: is a {type(function).__name__}, expected a function")
+    found: Callable[..., Any] = function
+    return found
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,214 @@
+"""BatchNorm statistics of one model, recomputed exactly over batches of data.
+
+After averaging weights, the running statistics of BatchNorm layers belong to no network: they must
+be computed anew with one pass over the training data (Izmailov et al. 2018, Section 3.2). What is
+computed, ``moments`` says; by default it is the mean and unbiased variance of all elements of all
+batches, as if they had been one batch for each layer's own statistics.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ckptavg.batchnorm.collect import BnProgress, Collection
+from ckptavg.batchnorm.kept import random_state_kept
+from ckptavg.batchnorm.layers import NormLayer, find_layers, unwrapped
+from ckptavg.batchnorm.report import BnConvergence, BnLayerReport, BnReport
+from ckptavg.bn_options import Amp, BnOptions, Estimator, Forward, TrainMode
+from ckptavg.errors import UsageError
+from ckptavg.processes import Processes, joined_processes
+
+__all__ = [
+    "Amp",
+    "BnConvergence",
+    "BnLayerReport",
+    "BnOptions",
+    "BnReport",
+    "Estimator",
+    "Forward",
+    "TrainMode",
+    "random_state_kept",
+    "recompute_bn_stats",
+    "recompute_together",
+    "unwrapped",
+]
+
+_WAITING_SHARE = 0.5  # of a pass, from which on the loader is what it waits for
+_WAITING_SECONDS = 1.0
+
+
+def recompute_bn_stats(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Forward | None = None,
+    estimator: Estimator = "population",
+    train_mode: TrainMode = "bn",
+    max_batches: int | None = None,
+    max_samples: int | None = None,
+    until_converged: float | None = None,
+    allow_unreached: bool = False,
+    amp: Amp | None = None,
+    channels_last: bool = False,
+    compile: bool = False,
+    seed: int | None = None,
+    distributed: bool = False,
+    data_per_process: bool = False,
+    progress: BnProgress | None = None,
+) -> BnReport:
+    """Replace the running statistics of every BatchNorm layer by those of the given batches.
+
+    Only the layers concerned run in training mode, so dropout stays off. Layers that the user froze
+    (in evaluation mode inside a model in training mode, or with ``track_running_stats`` turned
+    off) are left alone. A batch too small for a layer is joined to its neighbour. Training modes,
+    momenta, hooks, random states and all buffers but the statistics are as before when this returns
+    or raises; if it raises, so are the statistics.
+
+    Args:
+        model: Any module; runs where its parameters are. What DDP, ``AveragedModel`` or
+            ``torch.compile`` wraps is taken out, and runs as it was written.
+        batches: Yields a tensor, a tuple or list (its first item is the input), a mapping
+            (keyword arguments), or anything that ``forward`` takes. Moved to the model's device.
+        forward: As in ``BnOptions``, like all that follow.
+        estimator: Likewise.
+        train_mode: Likewise.
+        max_batches: Likewise.
+        max_samples: Likewise.
+        until_converged: Likewise.
+        allow_unreached: Likewise.
+        amp: Likewise.
+        channels_last: Likewise.
+        compile: Likewise.
+        seed: Likewise.
+        distributed: Share the pass with the other processes of torchrun, or of the process group
+            that there is; all of them call this alike, and all get the same statistics. Limits
+            count the batches of all.
+        data_per_process: As in ``BnOptions``.
+        progress: Called with the samples of each batch.
+
+    Returns:
+        How far each layer moved. Without BatchNorm layers, a report without layers.
+
+    Raises:
+        BatchNormError: If there are no batches, a batch has one value per channel and cannot be
+            joined to another, a layer is never reached, a statistic is not finite or does not fit
+            the dtype of its buffer, ``max_samples`` is given and a batch does not tell its size, or
+            the device runs out of memory.
+        UsageError: If an option makes no sense.
+        ProcessError: If another process failed.
+    """
+    options = BnOptions(
+        forward=forward,
+        estimator=estimator,
+        train_mode=train_mode,
+        max_batches=max_batches,
+        max_samples=max_samples,
+        until_converged=until_converged,
+        allow_unreached=allow_unreached,
+        amp=amp,
+        channels_last=channels_last,
+        compile=compile,
+        seed=seed,
+        data_per_process=data_per_process,
+    )
+    with joined_processes(distributed=distributed) as processes:
+        return recompute_together(
+            model, lambda: batches, options, processes=processes, progress=progress
+        )
+
+
+def recompute_together(
+    model: nn.Module,
+    batches: Callable[[], Iterable[Any]],
+    options: BnOptions,
+    *,
+    processes: Processes,
+    progress: BnProgress | None = None,
+) -> BnReport:
+    """Do what ``recompute_bn_stats`` does, in processes that are joined already.
+
+    ``batches`` is called once the random numbers are seeded. What it raises, and what the model
+    does, ends the pass in all processes.
+    """
+    model = unwrapped(model)
+    if processes.size > 1 and options.until_converged is not None:
+        raise UsageError("until_converged: several processes cannot decide when to stop")
+    layers, skipped = find_layers(model)
+    started = time.perf_counter()
+    if not layers:
+        return BnReport(
+            (), 0, 0, skipped, time.perf_counter() - started, estimator=options.estimator
+        )
+    collection = Collection(layers, options)
+
+    def collect() -> dict[str, Any]:
+        collection.collect(model, batches, processes.rank, processes.size, progress)
+        return collection.to_words() if processes.size > 1 else {}
+
+    for rank, words in enumerate(processes.together(collect)):
+        if rank != processes.rank:
+            collection.add_words(words)
+    statistics = collection.statistics()
+    for name in layers.keys() - statistics.keys():
+        skipped[name] = "was never reached by the data; its statistics are left as they were"
+    reports = tuple(
+        _store(layers[name], mean, variance, n_elements, collection)
+        for name, (mean, variance, n_elements) in statistics.items()
+    )
+    seconds = time.perf_counter() - started
+    return BnReport(
+        reports,
+        collection.n_batches,
+        collection.n_samples,
+        skipped,
+        seconds,
+        estimator=options.estimator,
+        convergence=collection.convergence,
+        wait_seconds=collection.wait_seconds,
+        n_processes=processes.size,
+        notes=(*collection.notes, *_what_it_waited_for(collection, seconds)),
+    )
+
+
+def _store(
+    layer: NormLayer, mean: Tensor, variance: Tensor, n_elements: int, collection: Collection
+) -> BnLayerReport:
+    """Put new statistics into a layer's buffers and say how far they moved."""
+    old_mean, old_variance = layer.mean.double(), layer.variance.double()
+    mean, variance = mean.to(layer.device), variance.to(layer.device)
+    shift = (mean - old_mean).abs() / (variance + layer.epsilon).sqrt()
+    ratio = (variance + layer.epsilon) / (old_variance + layer.epsilon)
+    layer.mean.copy_(mean)
+    layer.variance.copy_(variance)
+    counter = layer.module.num_batches_tracked
+    if counter is not None and not layer.is_instance:  # which never counts
+        counter.fill_(collection.n_batches)
+    return BnLayerReport(
+        name=layer.name,
+        n_features=layer.n_features,
+        n_elements=n_elements,
+        mean_shift=float(shift.max()),
+        variance_ratio=(float(ratio.min()), float(ratio.max())),
+        late_change=collection.late_changes.get(layer.name),
+    )
+
+
+def _what_it_waited_for(collection: Collection, seconds: float) -> list[str]:
+    if seconds < _WAITING_SECONDS:
+        return []
+    if collection.wait_seconds > _WAITING_SHARE * seconds:
+        return [
+            f"the pass waited for the data {collection.wait_seconds / seconds:.0%} of its time: "
+            "more workers of the loader would make it faster"
+        ]
+    if collection.copy_seconds > _WAITING_SHARE * seconds:
+        return [
+            f"copying the data to the GPU took {collection.copy_seconds / seconds:.0%} of the "
+            "pass's time: pinned memory or smaller inputs (such as 8-bit images) would make it "
+            "faster"
+        ]
+    return []

@@ -1,0 +1,220 @@
+"""One way through the batches: what the layers saw, merged; what all processes found, together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ckptavg.batchnorm.batches import Batch, Feed, joined
+from ckptavg.batchnorm.kept import ready_for_pass
+from ckptavg.batchnorm.layers import NormLayer
+from ckptavg.batchnorm.moments import BatchMoments, Moments
+from ckptavg.batchnorm.observer import Observer, TooSmallError
+from ckptavg.batchnorm.report import BnConvergence
+from ckptavg.bn_options import BnOptions
+from ckptavg.errors import BatchNormError
+
+BnProgress = Callable[[int], None]  # called with the samples done since the last call
+Makes = Callable[[], Iterable[Any]]
+
+_FEWEST_BATCHES = 10  # before convergence is believed
+
+
+class Collection:
+    """What a pass found, of one process and, once theirs is added, of the others.
+
+    Attributes:
+        n_batches, n_samples, wait_seconds, copy_seconds: What went in, and what it waited for.
+        late_changes: Layer name -> how far the end of the pass moved it.
+        convergence: The largest of them; None if unknown.
+        notes: What the user should know.
+    """
+
+    def __init__(self, layers: Mapping[str, NormLayer], options: BnOptions) -> None:
+        """Begin with nothing."""
+        self._layers = layers
+        self._options = options
+        self._moments = Moments(layers, options.estimator)
+        self._amount = 0.0  # samples merged, or batches where samples cannot be counted
+        self.n_batches = self.n_samples = 0
+        self.wait_seconds = self.copy_seconds = 0.0
+        self.late_changes: dict[str, float] = {}
+        self.convergence: BnConvergence | None = None
+        self.notes: list[str] = []
+
+    def collect(
+        self, model: nn.Module, batches: Makes, rank: int, size: int, progress: BnProgress | None
+    ) -> None:
+        """Run the model on this process's batches; it is as before afterwards.
+
+        Raises:
+            BatchNormError: If a batch cannot be used, or the device runs out of memory.
+            Exception: Whatever the model, the data or ``progress`` raises.
+        """
+        device = self._moments.device
+        with ready_for_pass(model, self._layers, self._options):
+            feed = Feed(batches(), device, self._options, rank=rank, size=size)
+            observer = Observer(model, self._layers, self._options, device)
+            try:
+                self._go_through(feed, observer, progress)
+            except torch.OutOfMemoryError as error:
+                raise BatchNormError(
+                    f"{device}: out of memory in batch {feed.n_batches}; use smaller batches, or "
+                    "amp (--amp bfloat16)"
+                ) from error
+            observer.check_compiled()
+            self.copy_seconds = feed.copy_seconds()
+        self.n_batches, self.n_samples = feed.n_batches, feed.n_samples
+        self.wait_seconds = feed.wait_seconds
+        self.notes += observer.notes
+        self._note_convergence()
+
+    def _go_through(self, feed: Feed, observer: Observer, progress: BnProgress | None) -> None:
+        """Merge every batch once the next one is done too: until then another may join it."""
+        done: tuple[Batch, list[BatchMoments]] | None = None
+        small: tuple[Batch, TooSmallError] | None = None
+        n_joined = 0
+        for batch in feed:
+            n_samples = batch.n_samples
+            if small is not None:
+                batch, n_joined = _join(*small, small[0], batch, feed), n_joined + 1
+                small = None
+            try:
+                seen = observer.observe(batch)
+            except TooSmallError as error:
+                small = batch, error
+            else:
+                if done is not None:
+                    self._merge(*done)
+                done = batch, seen
+            if progress is not None:
+                progress(n_samples)
+            if self._has_converged(feed.n_batches):
+                break
+        else:
+            if self._options.until_converged is not None:
+                self.notes.append(
+                    f"the data ended before the statistics changed by less than "
+                    f"{self._options.until_converged:g}"
+                )
+        if small is not None:
+            if done is None:
+                raise small[1]
+            batch = _join(*small, done[0], small[0], feed)
+            done, n_joined = (batch, observer.observe(batch)), n_joined + 1
+        if done is not None:
+            self._merge(*done)
+        if n_joined:
+            batches = "batch" if n_joined == 1 else "batches"
+            self.notes.append(f"{n_joined} {batches} too small for a layer joined to the next one")
+
+    def _merge(self, batch: Batch, seen: list[BatchMoments]) -> None:
+        for one in seen:
+            self._moments.merge(one)
+        self._amount += batch.n_samples or 1
+        self._moments.remember(self._amount)
+
+    def _has_converged(self, n_batches: int) -> bool:
+        limit = self._options.until_converged
+        if limit is None or n_batches < _FEWEST_BATCHES:
+            return False
+        late = self._moments.late_change(self._amount)
+        return late is not None and max(late[1].values(), default=1.0) < limit
+
+    def _note_convergence(self) -> None:
+        late = self._moments.late_change(self._amount)
+        if late is not None:
+            share, self.late_changes = late
+            change = max(self.late_changes.values(), default=0.0)
+            self.convergence = BnConvergence(share, change)
+
+    # -- together with other processes
+
+    def to_words(self) -> dict[str, Any]:
+        """Return all of it in a form that JSON can express, exact."""
+        return {
+            "moments": self._moments.to_words(),
+            "counts": [self.n_batches, self.n_samples],
+            "seconds": [self.wait_seconds, self.copy_seconds],
+            "late": self.late_changes,
+            "share": None if self.convergence is None else self.convergence.share,
+            "notes": self.notes,
+        }
+
+    def add_words(self, words: Mapping[str, Any]) -> None:
+        """Merge what another process found."""
+        self._moments.add_words(words["moments"])
+        self.n_batches += words["counts"][0]
+        self.n_samples += words["counts"][1]
+        self.wait_seconds = max(self.wait_seconds, words["seconds"][0])
+        self.copy_seconds = max(self.copy_seconds, words["seconds"][1])
+        for name, change in words["late"].items():
+            self.late_changes[name] = max(change, self.late_changes.get(name, 0.0))
+        if words["share"] is not None:
+            share = words["share"] if self.convergence is None else self.convergence.share
+            change = max(self.late_changes.values(), default=0.0)
+            self.convergence = BnConvergence(share, change)
+        self.notes += [note for note in words["notes"] if note not in self.notes]
+
+    # -- the end
+
+    def statistics(self) -> dict[str, tuple[Tensor, Tensor, int]]:
+        """Return mean, variance (float64) and elements per channel of every layer that was reached.
+
+        Raises:
+            BatchNormError: If there were no batches, a layer was never reached, or a statistic is
+                not finite or does not fit the dtype of its buffer.
+        """
+        if self.n_batches == 0:
+            raise BatchNormError("no batches: BatchNorm statistics need data")
+        counts = self._moments.n_elements
+        unreached = [f"'{name}'" for name, count in counts.items() if count == 0]
+        if unreached and not self._options.allow_unreached:
+            more = ", ..." if len(unreached) > 3 else ""
+            raise BatchNormError(
+                f"{len(unreached)} of {len(self._layers)} BatchNorm layers were never reached by "
+                f"the data: {', '.join(unreached[:3])}{more}"
+            )
+        return {name: (*self._finished(name), count) for name, count in counts.items() if count}
+
+    def _finished(self, name: str) -> tuple[Tensor, Tensor]:
+        layer = self._layers[name]
+        mean, variance = self._moments.finished(name)
+        bad = _n_nonfinite(mean, variance)
+        if bad:
+            raise BatchNormError(
+                f"layer '{name}': {bad} of {layer.n_features} channels have non-finite "
+                "statistics; the data or the weights hold infinity or NaN"
+            )
+        dtype = layer.variance.dtype
+        bad = _n_nonfinite(mean.to(dtype), variance.to(dtype))
+        if bad:
+            raise BatchNormError(
+                f"layer '{name}': {bad} of {layer.n_features} channels have statistics too large "
+                f"for the {str(dtype).removeprefix('torch.')} of its buffers"
+            )
+        return mean, variance
+
+
+def _join(small: Batch, error: TooSmallError, first: Batch, second: Batch, feed: Feed) -> Batch:
+    """Join a batch that is too small to the one before or behind it.
+
+    Raises:
+        BatchNormError: If they cannot be joined.
+    """
+    try:
+        if small.n_samples > 1:
+            raise ValueError("more than one sample")
+        value = joined(first.value, second.value)
+    except (ValueError, RuntimeError, TypeError) as reason:
+        raise BatchNormError(
+            f"{error} (it cannot be joined to the batch beside it: {reason})"
+        ) from error
+    return Batch(value, feed.placed(value), first.n_samples + second.n_samples)
+
+
+def _n_nonfinite(mean: Tensor, variance: Tensor) -> int:
+    return int((~(torch.isfinite(mean) & torch.isfinite(variance))).sum())
