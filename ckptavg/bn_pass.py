@@ -13,7 +13,7 @@ from ckptavg.batchnorm import BnReport, random_state_kept, recompute_together, u
 from ckptavg.checkpoint import Checkpoint, open_checkpoint
 from ckptavg.errors import CkptavgError, ModelError, UsageError
 from ckptavg.evaluate import evaluated
-from ckptavg.model import bn_buffer_bytes, check_names, load_weights
+from ckptavg.model import NameFit, bn_buffer_bytes, check_names, load_weights
 from ckptavg.model_zoo import ModelFromConfig
 from ckptavg.plan import AveragePlan
 from ckptavg.processes import Processes
@@ -96,36 +96,50 @@ def recompute_written(
         processes: Who shares the pass.
     """
     rows: list[ComparisonRow] = []
-    is_average = plan.n_checkpoints > 1 or last is not None
+    # what was averaged before is a single model here, whose statistics may be of any kind
+    stored = "averaged" if plan.n_checkpoints > 1 else "as stored"
+    what = "as stored" if plan.n_checkpoints == 1 and last is None else "average"
+
+    def load(checkpoint: Checkpoint) -> NameFit:
+        fits = []
+        with _user_code(f"loading {checkpoint.label} into the model"):
+            processes.together(lambda: fits.append(load_weights(model, checkpoint)))
+        return fits[0]
 
     def evaluate(name: str) -> None:
-        if batchnorm.evaluate is None or processes.rank != 0:
+        function = batchnorm.evaluate
+        if function is None:
             return
-        # the evaluation may shuffle or sample: the pass must not depend on it
-        with _user_code(f"evaluating {name}"), random_state_kept(model, None):
-            rows.append(ComparisonRow(name=name, metrics=evaluated(model, batchnorm.evaluate)))
+
+        def add_row() -> None:
+            # it may shuffle or sample: the pass must not depend on it
+            with random_state_kept(model, None):
+                rows.append(ComparisonRow(name=name, metrics=evaluated(model, function)))
+
+        with _user_code(f"evaluating '{name}'"):
+            processes.first(add_row)
 
     last_statistics: dict[str, Tensor] = {}
     if batchnorm.compare and last is not None:
-        _load(model, last)
+        load(last)
         last_statistics = _statistics_of(model)
         evaluate("last checkpoint")
         _run(model, batchnorm, progress("batchnorm of the last checkpoint"), processes)
         evaluate("last checkpoint + BN pass")
     averaged = open_checkpoint(written, label=label)
     try:
-        fit = _load(model, averaged)
-        if batchnorm.compare:
-            if last_statistics:
-                own = _statistics_of(model)
-                _set_statistics(model, last_statistics)
-                evaluate("average, BN statistics of the last")
-                _set_statistics(model, own)
-            evaluate("average, BN statistics averaged" if is_average else "as stored")
+        fit = load(averaged)
     finally:
         averaged.close()
+    if batchnorm.compare:
+        if last_statistics:
+            own = _statistics_of(model)
+            _set_statistics(model, last_statistics)
+            evaluate("average, BN statistics of the last")
+            _set_statistics(model, own)
+        evaluate(f"average, BN statistics {stored}" if what == "average" else what)
     report = _run(model, batchnorm, progress("batchnorm"), processes)
-    evaluate("average + BN pass" if is_average else "as stored + BN pass")
+    evaluate(f"{what} + BN pass")
     dtypes = {tensor.name: tensor.output_dtype.name for tensor in plan.tensors}
     return BnOutcome(
         report=report,
@@ -133,11 +147,6 @@ def recompute_written(
         metrics=rows[-1].metrics if rows else None,
         comparison=tuple(rows) if batchnorm.compare else (),
     )
-
-
-def _load(model: nn.Module, checkpoint: Checkpoint) -> Any:
-    with _user_code(f"loading {checkpoint.label} into the model"):
-        return load_weights(model, checkpoint)
 
 
 def _run(model: nn.Module, batchnorm: BnPass, progress: Report, processes: Processes) -> BnReport:

@@ -6,28 +6,20 @@ sources -> checkpoints (headers only) -> plan -> average -> writer -> [BatchNorm
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from ckptavg._version import __version__
-from ckptavg.average import (
-    DEFAULT_MEMORY_BUDGET_BYTES,
-    Job,
-    Timings,
-    average,
-)
+from ckptavg.average import DEFAULT_MEMORY_BUDGET_BYTES
 from ckptavg.checkpoint import open_checkpoint
-from ckptavg.destination import PROVENANCE_NAME
-from ckptavg.errors import ProcessError, UsageError
+from ckptavg.errors import UsageError
 from ckptavg.memory import peak_device_bytes, peak_host_bytes
 from ckptavg.output import OutputDirectory
 from ckptavg.plan import DEFAULT_MAX_SHARD_BYTES
-from ckptavg.prepare import Prepared, chosen_schemes, prepared_average
-from ckptavg.processes import Processes, joined_processes
-from ckptavg.provenance import earlier_provenance, provenance, weight_file_metadata
+from ckptavg.prepare import chosen_schemes
+from ckptavg.processes import joined_processes
+from ckptavg.provenance import weight_file_metadata
 from ckptavg.recipe import Accumulate, Buffers, OutputDType, Recipe, Scheme
 from ckptavg.results import (
     AverageResult,
@@ -38,14 +30,16 @@ from ckptavg.results import (
     Source,
     StageTimes,
 )
-from ckptavg.side_files import copy_side_files
 from ckptavg.sources import expand_sources
-
-if TYPE_CHECKING:
-    from ckptavg.batchnorm import BnReport
-    from ckptavg.bn_pass import BnOutcome
-
-_FEW_SAMPLES_A_BATCH = 16
+from ckptavg.steps import (
+    average_together,
+    enter_together,
+    finish,
+    outcome_fields,
+    prepare_together,
+    recompute_statistics,
+    report_notes,
+)
 
 
 def average_checkpoints(
@@ -117,7 +111,7 @@ def average_checkpoints(
         allow_nonfinite=allow_nonfinite,
     )
     with joined_processes(distributed=distributed) as processes, ExitStack() as stack:
-        prepared = _prepare_together(
+        prepared = prepare_together(
             processes, stack, sources, output, recipe,
             state_key=state_key,
             strip_prefixes=strip_prefixes,
@@ -137,18 +131,18 @@ def average_checkpoints(
             overwrite=overwrite,
             rank=processes.rank,
         )
-        before = _enter_together(processes, stack, directory)
+        before = enter_together(processes, stack, directory)
         averaging = time.perf_counter()
-        averaged = _average_together(processes, prepared, directory, before, progress)
+        averaged = average_together(processes, prepared, directory, before, progress)
         average_seconds = time.perf_counter() - averaging
-        outcomes = _recompute_bn(processes, prepared, directory, batchnorm, progress)
+        outcomes = recompute_statistics(processes, prepared, directory, batchnorm, progress)
         notes = (
             *plan.notes, *prepared.notes, *directory.notes,
-            *(note for one in outcomes if one is not None for note in _report_notes(one.report)),
+            *(note for one in outcomes if one is not None for note in report_notes(one.report)),
         )  # fmt: skip
         publishing = time.perf_counter()
         processes.first(
-            lambda: _finish(prepared, directory, averaged.differing, list(notes), outcomes)
+            lambda: finish(prepared, directory, averaged.differing, list(notes), outcomes)
         )
         publish_seconds = time.perf_counter() - publishing
     return AverageResult(
@@ -160,7 +154,7 @@ def average_checkpoints(
                 coefficients=one.row.coefficients,
                 differing=tuple(averaged.differing[index]),
                 taken_from=plan.labels[one.take_from],
-                **_outcome(outcomes[index]),
+                **outcome_fields(outcomes[index]),
             )
             for index, one in enumerate(plan.outputs)
         ),
@@ -271,196 +265,3 @@ def inspect_checkpoint(source: Source, *, state_key: str | None = None) -> Check
         )
     finally:
         checkpoint.close()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Averaged:
-    """What all processes together found and took."""
-
-    differing: list[list[str]]  # for each output, in its order
-    timings: Timings
-
-
-def _prepare_together(
-    processes: Processes,
-    stack: ExitStack,
-    sources: Source | Sequence[Source],
-    output: Path,
-    recipe: Recipe,
-    **options: Any,
-) -> Prepared:
-    """Make the plan in every process, and see that it is the same in all."""
-    prepared: list[Prepared] = []
-
-    def prepare() -> str:
-        entered = prepared_average(sources, output, recipe, processes=processes, **options)
-        prepared.append(stack.enter_context(entered))
-        return prepared[0].plan.fingerprint
-
-    if len(set(processes.together(prepare))) > 1:
-        raise ProcessError(
-            "the processes see different checkpoints or options: all must see the same files"
-        )
-    return prepared[0]
-
-
-def _enter_together(
-    processes: Processes, stack: ExitStack, directory: OutputDirectory
-) -> list[int]:
-    """Make the output directory, then enter it everywhere; return the blocks done before."""
-
-    def enter(rank_is_due: bool) -> list[int]:
-        if rank_is_due:
-            stack.enter_context(directory)
-        return list(directory.finished)
-
-    before = processes.together(lambda: enter(processes.rank == 0))[0]
-    processes.together(lambda: enter(processes.rank != 0))
-    return before
-
-
-def _average_together(
-    processes: Processes,
-    prepared: Prepared,
-    directory: OutputDirectory,
-    before: Sequence[int],
-    progress: Progress | None,
-) -> _Averaged:
-    """Average what is left to do, each process its share; see that nothing changed meanwhile."""
-    plan = prepared.plan
-    blocks = processes.share(sorted(set(range(len(plan.blocks))) - set(before)))
-    report = _stage(progress, "average", plan.read_nbytes_of(blocks))
-
-    def advance(done: int) -> None:
-        report(done)
-        processes.look_out()
-
-    def work() -> list[Any]:
-        timings = average(
-            Job(
-                plan=plan,
-                checkpoints=prepared.checkpoints,
-                sinks=directory.models,
-                blocks=blocks,
-                finished=directory.finish_block,
-                progress=advance,
-            ),
-            prepared.workspace,
-        )
-        for checkpoint in prepared.checkpoints:
-            checkpoint.check_unchanged()
-        if processes.size > processes.local_size:  # what other hosts wrote must reach the storage
-            directory.sync()
-        found = sorted(set().union(*directory.finished.values()))
-        return [found, [timings.read_seconds, timings.arithmetic_seconds, timings.write_seconds]]
-
-    timings, found = Timings(), set[tuple[int, str]]()
-    for differing, seconds in processes.together(work):
-        timings.add(Timings(*seconds), share=1 / processes.size)
-        found.update((row, name) for row, name in differing)
-    return _Averaged(
-        differing=[
-            [tensor.name for tensor in plan.tensors if (row, tensor.name) in found]
-            for row in range(len(plan.outputs))
-        ],
-        timings=timings,
-    )
-
-
-def _recompute_bn(
-    processes: Processes,
-    prepared: Prepared,
-    directory: OutputDirectory,
-    batchnorm: BnPass | None,
-    progress: Progress | None,
-) -> list[BnOutcome | None]:
-    """Run the BatchNorm pass on every output, then put the statistics into the written files."""
-    run = prepared.run_bn_pass
-    if batchnorm is None or run is None:
-        return [None] * len(directory.models)
-
-    def report(stage: str) -> Callable[[int], None]:
-        return _stage(progress, stage, batchnorm.max_samples)
-
-    def add_indexes() -> None:
-        for model in directory.models:
-            model.add_index()
-
-    processes.first(add_indexes)
-    outcomes = [
-        run(number, model.directory, str(directory.output), report)
-        for number, model in enumerate(directory.models)
-    ]
-
-    def patch() -> None:
-        directory.end_journal()
-        for model, outcome in zip(directory.models, outcomes, strict=True):
-            for name, data in outcome.statistics:
-                model.patch(name, data)
-
-    processes.first(patch)
-    return [*outcomes]
-
-
-def _finish(
-    prepared: Prepared,
-    directory: OutputDirectory,
-    differing: Sequence[Sequence[str]],
-    notes: Sequence[str],
-    outcomes: Sequence[BnOutcome | None],
-) -> None:
-    """Add what belongs beside the weights, and publish."""
-    plan = prepared.plan
-    derived_from = [earlier_provenance(one) for one in prepared.checkpoints]
-    for index, (one, model) in enumerate(zip(plan.outputs, directory.models, strict=True)):
-        outcome, files = outcomes[index], prepared.side_files[index]
-        model.add_index()
-        copy_side_files(files, model, output_dtype=plan.changed_dtype)
-        model.add_file(
-            PROVENANCE_NAME,
-            provenance(
-                plan,
-                one,
-                version=__version__,
-                device=prepared.workspace.device,
-                differing=differing[index],
-                notes=notes,
-                side_files=[file.name for file in files],
-                derived_from=derived_from,
-                batchnorm=None if outcome is None else asdict(outcome.report),
-                metrics=None if outcome is None else outcome.metrics,
-                comparison=() if outcome is None else [asdict(row) for row in outcome.comparison],
-            ),
-        )
-    directory.publish()
-
-
-def _outcome(outcome: BnOutcome | None) -> dict[str, Any]:
-    """Return what a result tells of the BatchNorm pass."""
-    if outcome is None:
-        return {"batchnorm": None}
-    return {
-        "batchnorm": outcome.report,
-        "metrics": outcome.metrics,
-        "comparison": outcome.comparison,
-    }
-
-
-def _report_notes(report: BnReport) -> list[str]:
-    notes = [f"BatchNorm layer '{name}' {why}" for name, why in report.skipped.items()]
-    notes += [f"BatchNorm pass: {note}" for note in report.notes]
-    if not report.layers and not report.skipped:
-        notes.append("the model has no BatchNorm layers: no BN pass was needed")
-    if report.layers and report.n_samples < _FEW_SAMPLES_A_BATCH * report.n_batches:
-        notes.append(
-            f"BatchNorm statistics come from batches of about "
-            f"{max(report.n_samples // report.n_batches, 1)} samples; batches of 128 or more are "
-            "closer to what the model will meet"
-        )
-    return notes
-
-
-def _stage(progress: Progress | None, stage: str, total: int | None) -> Callable[[int], None]:
-    if progress is None:
-        return lambda done: None
-    return lambda done: progress(stage, done, total)

@@ -34,3 +34,33 @@ def test_quick_start_shows_what_averaging_and_the_bn_pass_bring(tmp_path: Path) 
         "ckptavg.json",
         "model.safetensors",
     ]
+
+
+def test_batchnorm_table_shows_what_the_pass_and_its_estimators_bring(tmp_path: Path) -> None:
+    pytest.importorskip("mnist1d", reason="needs the extra 'examples'")
+    script = [sys.executable, str(EXAMPLES / "batchnorm_table.py"), "--seeds", "0"]
+    result = subprocess.run(
+        [*script, "--work-dir", str(tmp_path / "work")],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    accuracy = {
+        row: float(value)
+        for row, value in re.findall(r"^  (\S.*?)\s{2,}([\d.]+) ± [\d.]+$", result.stdout, re.M)
+    }
+    # bounds far from the worst of five seeds
+    assert accuracy["average + BN pass"] >= 95
+    assert accuracy["average + BN pass"] - accuracy["last checkpoint + BN pass"] >= 1
+    assert abs(accuracy["average + BN pass"] - accuracy["average, BN statistics averaged"]) <= 1.5
+    assert accuracy["average, BN statistics of the last"] <= 90
+    assert accuracy["average, BN statistics of a new model"] <= 60
+    error = {
+        row: [float(value) for value in values.split()]
+        for row, values in re.findall(r"^  (s\S+,? .*?)\s{2,}([\d. e-]+)$", result.stdout, re.M)
+    }
+    assert len(error) == 4
+    for population, paper, torch in error.values():
+        assert population <= 1e-4
+        assert population < min(paper, torch)
+    assert error["shuffled, the last batch ragged"][2] >= 1
+    assert min(error["sorted by digit, batches of 100"][1:]) >= 1

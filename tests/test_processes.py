@@ -44,13 +44,15 @@ def sources(tmp_path: Path) -> list[Path]:
     ]
 
 
-def torchrun(*arguments: str, n_processes: int = 2) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    *arguments: str, n_processes: int = 2, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone",
             "--nproc-per-node", str(n_processes), *arguments,
         ],
-        capture_output=True, text=True, check=False, timeout=300,
+        capture_output=True, text=True, check=False, timeout=300, cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
 

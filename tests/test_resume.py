@@ -296,7 +296,7 @@ def test_patched_statistics_are_never_taken_for_averaged_ones(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("ckptavg.pipeline.provenance", interrupt)
+        patched.setattr("ckptavg.steps.provenance", interrupt)
         with pytest.raises(KeyboardInterrupt):
             average_checkpoints(
                 paths, tmp_path / "out", batchnorm=BnPass(model=model, batches=data)

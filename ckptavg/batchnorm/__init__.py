@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ckptavg.batchnorm.collect import BnProgress, Collection
 from ckptavg.batchnorm.kept import random_state_kept
-from ckptavg.batchnorm.layers import NormLayer, find_layers, unwrapped
+from ckptavg.batchnorm.layers import find_layers, unwrapped
 from ckptavg.batchnorm.report import BnConvergence, BnLayerReport, BnReport
 from ckptavg.bn_options import Amp, BnOptions, Estimator, Forward, TrainMode
 from ckptavg.errors import UsageError
@@ -149,16 +149,14 @@ def recompute_together(
         collection.collect(model, batches, processes.rank, processes.size, progress)
         return collection.to_words() if processes.size > 1 else {}
 
-    for rank, words in enumerate(processes.together(collect)):
-        if rank != processes.rank:
+    told = processes.together(collect)
+    if processes.size > 1:  # merged in the same order everywhere, so that all get the same bits
+        collection = Collection(layers, options)
+        for words in told:
             collection.add_words(words)
-    statistics = collection.statistics()
-    for name in layers.keys() - statistics.keys():
+    reports = collection.store()
+    for name in layers.keys() - {report.name for report in reports}:
         skipped[name] = "was never reached by the data; its statistics are left as they were"
-    reports = tuple(
-        _store(layers[name], mean, variance, n_elements, collection)
-        for name, (mean, variance, n_elements) in statistics.items()
-    )
     seconds = time.perf_counter() - started
     return BnReport(
         reports,
@@ -171,29 +169,6 @@ def recompute_together(
         wait_seconds=collection.wait_seconds,
         n_processes=processes.size,
         notes=(*collection.notes, *_what_it_waited_for(collection, seconds)),
-    )
-
-
-def _store(
-    layer: NormLayer, mean: Tensor, variance: Tensor, n_elements: int, collection: Collection
-) -> BnLayerReport:
-    """Put new statistics into a layer's buffers and say how far they moved."""
-    old_mean, old_variance = layer.mean.double(), layer.variance.double()
-    mean, variance = mean.to(layer.device), variance.to(layer.device)
-    shift = (mean - old_mean).abs() / (variance + layer.epsilon).sqrt()
-    ratio = (variance + layer.epsilon) / (old_variance + layer.epsilon)
-    layer.mean.copy_(mean)
-    layer.variance.copy_(variance)
-    counter = layer.module.num_batches_tracked
-    if counter is not None and not layer.is_instance:  # which never counts
-        counter.fill_(collection.n_batches)
-    return BnLayerReport(
-        name=layer.name,
-        n_features=layer.n_features,
-        n_elements=n_elements,
-        mean_shift=float(shift.max()),
-        variance_ratio=(float(ratio.min()), float(ratio.max())),
-        late_change=collection.late_changes.get(layer.name),
     )
 
 

@@ -13,7 +13,7 @@ from ckptavg.batchnorm.kept import ready_for_pass
 from ckptavg.batchnorm.layers import NormLayer
 from ckptavg.batchnorm.moments import BatchMoments, Moments
 from ckptavg.batchnorm.observer import Observer, TooSmallError
-from ckptavg.batchnorm.report import BnConvergence
+from ckptavg.batchnorm.report import BnConvergence, BnLayerReport
 from ckptavg.bn_options import BnOptions
 from ckptavg.errors import BatchNormError
 
@@ -161,8 +161,8 @@ class Collection:
 
     # -- the end
 
-    def statistics(self) -> dict[str, tuple[Tensor, Tensor, int]]:
-        """Return mean, variance (float64) and elements per channel of every layer that was reached.
+    def store(self) -> tuple[BnLayerReport, ...]:
+        """Put the new statistics into the buffers of every layer that was reached.
 
         Raises:
             BatchNormError: If there were no batches, a layer was never reached, or a statistic is
@@ -178,25 +178,85 @@ class Collection:
                 f"{len(unreached)} of {len(self._layers)} BatchNorm layers were never reached by "
                 f"the data: {', '.join(unreached[:3])}{more}"
             )
-        return {name: (*self._finished(name), count) for name, count in counts.items() if count}
+        mean, variance = self._moments.finished()
+        new = {
+            layer: (mean[place], variance[place])
+            for name, layer in self._layers.items()
+            if counts[name]
+            for place in [self._moments.place(name)]
+        }
+        _refuse_nonfinite(new)
+        changes = _changes(new)
+        for layer, (new_mean, new_variance) in new.items():
+            layer.mean.copy_(new_mean)
+            layer.variance.copy_(new_variance)
+            counter = layer.module.num_batches_tracked
+            if counter is not None and not layer.is_instance:  # which never counts
+                counter.fill_(self.n_batches)
+        return tuple(
+            BnLayerReport(
+                name=layer.name,
+                n_features=layer.n_features,
+                n_elements=counts[layer.name],
+                mean_shift=float(shift.max()),
+                variance_ratio=(float(ratio.min()), float(ratio.max())),
+                late_change=self.late_changes.get(layer.name),
+            )
+            for layer, (shift, ratio) in changes.items()
+        )
 
-    def _finished(self, name: str) -> tuple[Tensor, Tensor]:
-        layer = self._layers[name]
-        mean, variance = self._moments.finished(name)
-        bad = _n_nonfinite(mean, variance)
-        if bad:
+
+def _refuse_nonfinite(new: Mapping[NormLayer, tuple[Tensor, Tensor]]) -> None:
+    """Refuse statistics that are not finite, or not in the dtype of their buffers.
+
+    All layers are looked at in one go: each question to a GPU costs a wait.
+    """
+    fine = [
+        (
+            torch.isfinite(mean.to(layer.mean.dtype))
+            & torch.isfinite(variance.to(layer.variance.dtype))
+        ).all()
+        for layer, (mean, variance) in new.items()
+    ]
+    if not new or bool(torch.stack(fine).all()):
+        return
+    for layer, (mean, variance) in new.items():
+        finite = torch.isfinite(mean) & torch.isfinite(variance)
+        if not finite.all():
             raise BatchNormError(
-                f"layer '{name}': {bad} of {layer.n_features} channels have non-finite "
-                "statistics; the data or the weights hold infinity or NaN"
+                f"layer '{layer.name}': {int((~finite).sum())} of {layer.n_features} channels have "
+                "non-finite statistics; the data or the weights hold infinity or NaN"
             )
         dtype = layer.variance.dtype
-        bad = _n_nonfinite(mean.to(dtype), variance.to(dtype))
-        if bad:
+        fits = torch.isfinite(mean.to(dtype)) & torch.isfinite(variance.to(dtype))
+        if not fits.all():
             raise BatchNormError(
-                f"layer '{name}': {bad} of {layer.n_features} channels have statistics too large "
-                f"for the {str(dtype).removeprefix('torch.')} of its buffers"
+                f"layer '{layer.name}': {int((~fits).sum())} of {layer.n_features} channels have "
+                f"statistics too large for the {str(dtype).removeprefix('torch.')} of its buffers"
             )
-        return mean, variance
+
+
+def _changes(
+    new: Mapping[NormLayer, tuple[Tensor, Tensor]],
+) -> dict[NormLayer, tuple[Tensor, Tensor]]:
+    """Return how far means moved, in standard deviations, and the ratios of the variances."""
+    if not new:
+        return {}
+    device = next(iter(new)).device
+    mean, variance, old_mean, old_variance, epsilon = (
+        torch.cat([one.to(device, torch.float64) for one in ones])
+        for ones in (
+            [mean for mean, _ in new.values()],
+            [variance for _, variance in new.values()],
+            [layer.mean for layer in new],
+            [layer.variance for layer in new],
+            [torch.full_like(variance, layer.epsilon) for layer, (_, variance) in new.items()],
+        )
+    )
+    sizes = [layer.n_features for layer in new]
+    shifts = torch.split(((mean - old_mean).abs() / (variance + epsilon).sqrt()).cpu(), sizes)
+    ratios = torch.split(((variance + epsilon) / (old_variance + epsilon)).cpu(), sizes)
+    return dict(zip(new, zip(shifts, ratios, strict=True), strict=True))
 
 
 def _join(small: Batch, error: TooSmallError, first: Batch, second: Batch, feed: Feed) -> Batch:
@@ -214,7 +274,3 @@ def _join(small: Batch, error: TooSmallError, first: Batch, second: Batch, feed:
             f"{error} (it cannot be joined to the batch beside it: {reason})"
         ) from error
     return Batch(value, feed.placed(value), first.n_samples + second.n_samples)
-
-
-def _n_nonfinite(mean: Tensor, variance: Tensor) -> int:
-    return int((~(torch.isfinite(mean) & torch.isfinite(variance))).sum())

@@ -59,7 +59,7 @@ def ready_for_pass(
         for name, buffer in module.named_buffers(recurse=False)
     ]
     try:
-        with random_state_kept(model, options.seed), _without_compiled_code(model):
+        with random_state_kept(model, options.seed):
             if options.train_mode == "bn":
                 for module, _ in modes:
                     module.training = False
@@ -119,7 +119,7 @@ def _channels_last(model: nn.Module, *, wanted: bool) -> Iterator[None]:
             parameter.data = data
 
 
-def _without_compiled_code(model: nn.Module) -> AbstractContextManager[None]:
+def without_compiled_code(model: nn.Module) -> AbstractContextManager[None]:
     """Run what the user compiled as it was written: compiled code does not call our hooks."""
     compiled = any(vars(module).get("_compiled_call_impl") for module in model.modules())
     if not compiled and "torch._dynamo" not in sys.modules:

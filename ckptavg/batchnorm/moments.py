@@ -30,7 +30,7 @@ instance: ``m`` and ``v`` are means over a batch's instances, weighed by the num
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,8 @@ from ckptavg.bn_options import Estimator
 
 _LATE_SHARE = 0.1  # of the data at the end, whose effect tells whether there was enough
 _SNAPSHOT_GROWTH = 1.02
+_MAX_VECTORS = 16
+_TINY = 1e-300
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,52 +79,47 @@ class Moments:
             name: estimator == "population" and not layer.is_instance
             for name, layer in layers.items()
         }
-        self.weights = dict.fromkeys(layers, 0.0)
         self.n_elements = dict.fromkeys(layers, 0)
         self._mean = torch.zeros(ends[-1], dtype=torch.float64, device=self.device)
         self._second = torch.zeros_like(self._mean)  # M2, or the weighted sum of variances
-        self._epsilon = torch.cat(
-            [
-                torch.full((layer.n_features,), layer.epsilon, dtype=torch.float64)
-                for layer in layers.values()
-            ]
-        ).to(self.device)
+        self._weight = torch.zeros_like(self._mean)
+        # a copy to a GPU makes it wait: what is the same in every batch is copied once
+        self._vectors: dict[tuple[object, ...], Tensor] = {}
+        self._pools_vector = self._vector(self._pools, layers)
+        self._epsilon = self._vector({name: one.epsilon for name, one in layers.items()}, layers)
         self._snapshots: deque[tuple[float, Tensor, Tensor]] = deque()
 
     def merge(self, batch: BatchMoments) -> None:
         """Add what layers saw in a batch, all of them in a few operations."""
-        pools = self._vector(self._pools, batch.weights)
+        where = self._where(batch.weights)
         weight_b = self._vector(batch.weights, batch.weights)
-        second_b = batch.variance * (weight_b - pools)
-        self._merge(batch.weights, batch.mean, second_b, weight_b, pools)
+        second_b = batch.variance * (weight_b - self._pools_vector[where])
+        self._merge(where, batch.mean, second_b, weight_b)
         for name, count in batch.n_elements.items():
             self.n_elements[name] += count
 
-    def _merge(
-        self,
-        weights: Mapping[str, float],
-        mean_b: Tensor,
-        second_b: Tensor,
-        weight_b: Tensor,
-        pools: Tensor,
-    ) -> None:
-        where = self._where(weights)
-        weight_a = self._vector(self.weights, weights)
-        mean_a, second_a = self._mean[where], self._second[where]
+    def _merge(self, where: Any, mean_b: Tensor, second_b: Tensor, weight_b: Tensor) -> None:
+        weight_a, mean_a, second_a = self._weight[where], self._mean[where], self._second[where]
         total = weight_a + weight_b
         delta = mean_b - mean_a
-        self._mean[where] = mean_a + delta * (weight_b / total)
         between = delta * delta * (weight_a * weight_b / total)
+        self._mean[where] = mean_a + delta * (weight_b / total)
         # where, not a product: an infinite difference times 0 would be NaN
-        self._second[where] = second_a + second_b + torch.where(pools > 0, between, 0.0)
-        for name, weight in weights.items():
-            self.weights[name] += weight
+        self._second[where] = (
+            second_a + second_b + torch.where(self._pools_vector[where] > 0, between, 0.0)
+        )
+        self._weight[where] = total
 
-    def finished(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of one layer, float64."""
-        place = self._place[name]
-        weight = self.weights[name] - self._pools[name]
-        return self._mean[place].clone(), self._second[place] / weight
+    def finished(self) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of all channels of all layers, float64, end to end.
+
+        Those of a layer that saw nothing mean nothing.
+        """
+        return self._mean, self._variance()
+
+    def place(self, name: str) -> slice:
+        """Return where a layer's channels are."""
+        return self._place[name]
 
     # -- convergence
 
@@ -160,16 +157,14 @@ class Moments:
         return 1 - then / amount, changes
 
     def _variance(self) -> Tensor:
-        everything = self._layers
-        weight = self._vector(self.weights, everything) - self._vector(self._pools, everything)
-        return self._second / weight.clamp_min(1e-300)
+        return self._second / (self._weight - self._pools_vector).clamp_min(_TINY)
 
     # -- between processes
 
     def to_words(self) -> dict[str, Any]:
         """Return all of it as numbers in lists, exact."""
         return {
-            "weights": list(self.weights.values()),
+            "weight": self._weight.tolist(),
             "n_elements": list(self.n_elements.values()),
             "mean": self._mean.tolist(),
             "second": self._second.tolist(),
@@ -177,41 +172,43 @@ class Moments:
 
     def add_words(self, words: Mapping[str, Any]) -> None:
         """Merge what another process, with the same layers, has found."""
-        names = [
-            name for name, weight in zip(self._layers, words["weights"], strict=True) if weight
-        ]
-        if not names:
+        counts = dict(zip(self._layers, words["n_elements"], strict=True))
+        seen = [name for name, count in counts.items() if count]
+        if not seen:
             return
-        weights = dict(zip(self._layers, words["weights"], strict=True))
-        where = self._where(names)
-        mean_b, second_b = (
+        where = self._where(seen)
+        mean_b, second_b, weight_b = (
             torch.tensor(words[key], dtype=torch.float64).to(self.device)[where]
-            for key in ("mean", "second")
+            for key in ("mean", "second", "weight")
         )
-        self._merge(
-            {name: weights[name] for name in names},
-            mean_b,
-            second_b,
-            self._vector(weights, names),
-            self._vector(self._pools, names),
-        )
-        for name, count in zip(self._layers, words["n_elements"], strict=True):
+        self._merge(where, mean_b, second_b, weight_b)
+        for name, count in counts.items():
             self.n_elements[name] += count
 
     # -- vectors
 
-    def _where(self, names: Mapping[str, Any] | Sequence[str]) -> Any:
+    def _where(self, names: Iterable[str]) -> Any:
         """Return the places of some layers' channels, in the order of the names."""
-        if list(names) == list(self._layers):
+        listed = tuple(names)
+        if listed == tuple(self._layers):
             return slice(None)
-        places = [self._place[name] for name in names]
-        index = torch.cat([torch.arange(place.start, place.stop) for place in places])
-        return index.to(self.device)
+        if listed not in self._vectors:
+            places = [self._place[name] for name in listed]
+            index = torch.cat([torch.arange(place.start, place.stop) for place in places])
+            self._keep(listed, index)
+        return self._vectors[listed]
 
-    def _vector(
-        self, value_of: Mapping[str, float], names: Mapping[str, Any] | Sequence[str]
-    ) -> Tensor:
+    def _vector(self, value_of: Mapping[str, float], names: Iterable[str]) -> Tensor:
         """Return a layer's value for each of its channels, in the order of the names."""
-        values = torch.tensor([float(value_of[name]) for name in names], dtype=torch.float64)
-        sizes = torch.tensor([self._layers[name].n_features for name in names])
-        return values.repeat_interleave(sizes).to(self.device, non_blocking=True)
+        listed = tuple(names)
+        values = [float(value_of[name]) for name in listed]
+        key = (listed, *values)
+        if key not in self._vectors:
+            sizes = torch.tensor([self._layers[name].n_features for name in listed])
+            self._keep(key, torch.tensor(values, dtype=torch.float64).repeat_interleave(sizes))
+        return self._vectors[key]
+
+    def _keep(self, key: tuple[object, ...], vector: Tensor) -> None:
+        if len(self._vectors) >= _MAX_VECTORS:  # batches of ever other sizes
+            self._vectors.clear()
+        self._vectors[key] = vector.to(self.device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ckptavg.batchnorm.batches import Batch, tensors_of
+from ckptavg.batchnorm.kept import without_compiled_code
 from ckptavg.batchnorm.layers import NormLayer
 from ckptavg.batchnorm.moments import BatchMoments
 from ckptavg.bn_options import BnOptions
@@ -71,7 +72,7 @@ class Observer:
                 self._pending[name] = (weight, count, layer.mean, layer.variance)
                 self._calls[name] += 1
         else:
-            with self._hooks():
+            with self._hooks(), without_compiled_code(self._model):
                 self._forward(self._model, batch)
             if self._options.compile:
                 self._remember(signature)

@@ -23,8 +23,7 @@ Examples:
   ckptavg recompute-bn swa -o swa-bn --model my_pkg:build --data my_pkg:batches
   ckptavg recompute-bn last.pt -o fixed --model my_pkg:Net --model-arg width=64 --data my_pkg:data
   ckptavg recompute-bn swa -o swa-bn --model timm:resnet50 --data my_pkg:data --amp bfloat16
-  torchrun --nproc-per-node 4 -m ckptavg recompute-bn swa -o swa-bn --model my_pkg:build \
-    --data my_pkg:batches
+  torchrun --nproc-per-node 4 -m ckptavg recompute-bn swa -o out --model pkg:build --data pkg:data
 """
 
 
