@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ckptavg.errors import UsageError
@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # importing torch takes longer than averaging most models
 Estimator = Literal["population", "paper", "torch"]
 TrainMode = Literal["bn", "model"]
 Amp = Literal["bfloat16", "float16"]
+_N_SEEDS = 2**64  # torch's
 Forward = Callable[["nn.Module", Any], object]
 
 
@@ -60,14 +61,25 @@ class BnOptions:
         for name, value, allowed in (
             ("estimator", self.estimator, get_args(Estimator)),
             ("train_mode", self.train_mode, get_args(TrainMode)),
-            ("amp", self.amp or "bfloat16", get_args(Amp)),
+            ("amp", self.amp, (None, *get_args(Amp))),
         ):
             if value not in allowed:
+                allowed = tuple(one for one in allowed if one is not None)
                 raise UsageError(f"{name}: '{value}' is not one of {', '.join(allowed)}")
         for name, limit in (("max_batches", self.max_batches), ("max_samples", self.max_samples)):
-            if limit is not None and limit < 1:
+            if limit is not None and (type(limit) is not int or limit < 1):
                 raise UsageError(f"{name} is {limit}, expected at least 1")
+        if self.seed is not None and not 0 <= self.seed < _N_SEEDS:
+            raise UsageError(f"seed is {self.seed}, expected 0 to {_N_SEEDS - 1}")
         if self.until_converged is not None and not 0 < self.until_converged < 1:
             raise UsageError(
                 f"until_converged is {self.until_converged}, expected a share such as 0.01"
             )
+
+    def chosen(self) -> dict[str, Any]:
+        """Return the options that are not the default, as far as JSON can express them."""
+        return {
+            one.name: getattr(self, one.name)
+            for one in fields(BnOptions)
+            if one.name != "forward" and getattr(self, one.name) != one.default
+        }

@@ -1,15 +1,22 @@
 """The BatchNorm pass on an average that is written but not yet published, and what it brought."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ckptavg.batchnorm import BnReport, random_state_kept, recompute_together, unwrapped
+from ckptavg.batchnorm import (
+    BnReport,
+    buffers_kept,
+    random_state_kept,
+    recompute_together,
+    unwrapped,
+)
 from ckptavg.checkpoint import Checkpoint, open_checkpoint
 from ckptavg.errors import CkptavgError, ModelError, UsageError
 from ckptavg.evaluate import evaluated
@@ -31,13 +38,21 @@ class BnOutcome:
         report: What it did.
         statistics: Names and bytes to put into the written files.
         metrics: What the evaluation says of the model with them; None without one.
-        comparison: What it says of other combinations; only in the first process.
+        comparison: What it says of other combinations.
     """
 
     report: BnReport
     statistics: list[tuple[str, bytes]]
     metrics: Mapping[str, float] | None
     comparison: tuple[ComparisonRow, ...]
+
+
+@dataclass(frozen=True)
+class LastCheckpoint:
+    """What was found of a checkpoint that averages are compared with."""
+
+    rows: tuple[ComparisonRow, ...]
+    statistics: Mapping[str, Tensor]
 
 
 def build_model(batchnorm: BnPass, checkpoint: Checkpoint, device: str) -> nn.Module:
@@ -47,7 +62,7 @@ def build_model(batchnorm: BnPass, checkpoint: Checkpoint, device: str) -> nn.Mo
         build = model
         if isinstance(model, ModelFromConfig):
             build = partial(model.build, checkpoint.directory)
-        with _user_code("building the model"):
+        with _user_code("building the model"), _on_device(device):
             model = build()  # type: ignore[operator]  # ModelFromConfig is gone
     if not isinstance(model, nn.Module):
         raise ModelError(f"the model is a {type(model).__name__}, expected a torch.nn.Module")
@@ -66,7 +81,7 @@ def check_repeatable(batchnorm: BnPass, n_passes: int) -> None:
         UsageError: If so.
     """
     batches = batchnorm.batches
-    if n_passes > 1 and not callable(batches) and iter(batches) is batches:
+    if n_passes > 1 and isinstance(batches, Iterator):
         raise UsageError(
             f"the data is a {type(batches).__name__}, which can be gone through only once, and "
             f"there are {n_passes} passes to make: give a function that returns it"
@@ -80,6 +95,7 @@ def recompute_written(
     written: Path,
     label: str,
     last: Checkpoint | None,
+    known: dict[str, LastCheckpoint],
     progress: Callable[[str], Report],
     processes: Processes,
 ) -> BnOutcome:
@@ -92,6 +108,7 @@ def recompute_written(
         written: The directory of the average.
         label: What messages call it.
         last: The checkpoint to compare with; None if there is none.
+        known: What was found of such checkpoints for other outputs; added to.
         progress: Gives what reports the samples of a stage.
         processes: Who shares the pass.
     """
@@ -111,21 +128,27 @@ def recompute_written(
         if function is None:
             return
 
-        def add_row() -> None:
-            # it may shuffle or sample: the pass must not depend on it
-            with random_state_kept(model, None):
-                rows.append(ComparisonRow(name=name, metrics=evaluated(model, function)))
+        def metrics_of_first() -> dict[str, float] | None:
+            # it may shuffle or sample, or train: the pass must not depend on it
+            if processes.rank != 0:
+                return None
+            with random_state_kept(None), buffers_kept(model), _on_device_of(model):
+                return evaluated(model, function)
 
         with _user_code(f"evaluating '{name}'"):
-            processes.first(add_row)
+            metrics = processes.together(metrics_of_first)[0]
+        rows.append(ComparisonRow(name=name, metrics=metrics or {}))
 
-    last_statistics: dict[str, Tensor] = {}
+    last_statistics: Mapping[str, Tensor] = {}
     if batchnorm.compare and last is not None:
-        load(last)
-        last_statistics = _statistics_of(model)
-        evaluate("last checkpoint")
-        _run(model, batchnorm, progress("batchnorm of the last checkpoint"), processes)
-        evaluate("last checkpoint + BN pass")
+        if last.label not in known:
+            load(last)
+            last_statistics = _statistics_of(model)
+            evaluate("last checkpoint")
+            _run(model, batchnorm, progress("batchnorm of the last checkpoint"), processes)
+            evaluate("last checkpoint + BN pass")
+            known[last.label] = LastCheckpoint(tuple(rows), last_statistics)
+        rows[:], last_statistics = known[last.label].rows, known[last.label].statistics
     averaged = open_checkpoint(written, label=label)
     try:
         fit = load(averaged)
@@ -139,11 +162,12 @@ def recompute_written(
             _set_statistics(model, own)
         evaluate(f"average, BN statistics {stored}" if what == "average" else what)
     report = _run(model, batchnorm, progress("batchnorm"), processes)
-    evaluate(f"{what} + BN pass")
     dtypes = {tensor.name: tensor.output_dtype.name for tensor in plan.tensors}
+    statistics = list(bn_buffer_bytes(model, report, dtypes, fit))
+    evaluate(f"{what} + BN pass")
     return BnOutcome(
         report=report,
-        statistics=list(bn_buffer_bytes(model, report, dtypes, fit)),
+        statistics=statistics,
         metrics=rows[-1].metrics if rows else None,
         comparison=tuple(rows) if batchnorm.compare else (),
     )
@@ -157,8 +181,18 @@ def _run(model: nn.Module, batchnorm: BnPass, progress: Report, processes: Proce
         _refuse_other_than_batches(found)
         return found
 
-    with _user_code("the BatchNorm pass"):
+    with _user_code("the BatchNorm pass"), _on_device_of(model):
         return recompute_together(model, batches, batchnorm, processes=processes, progress=progress)
+
+
+def _on_device_of(model: nn.Module) -> AbstractContextManager[object]:
+    return _on_device(next((str(tensor.device) for tensor in model.parameters()), "cpu"))
+
+
+def _on_device(device: str) -> AbstractContextManager[object]:
+    """Let what user code puts on "cuda" go where the model is."""
+    found = torch.device(device)
+    return torch.cuda.device(found) if found.type == "cuda" else nullcontext()
 
 
 def _statistics_of(model: nn.Module) -> dict[str, Tensor]:

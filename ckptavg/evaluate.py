@@ -25,7 +25,8 @@ def evaluated(model: nn.Module, evaluate: Evaluate) -> dict[str, float]:
     """
     modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
+        for module, _ in modes:  # by attribute: eval() of a user's module may do more than that
+            module.training = False
         with torch.no_grad():
             value = evaluate(model)
     finally:

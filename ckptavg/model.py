@@ -17,7 +17,7 @@ _COUNTERS_OF_WRAPPERS = ("n_averaged",)  # of torch's AveragedModel: no weight o
 
 @dataclass(frozen=True, slots=True)
 class NameFit:
-    """How the names in a checkpoint answer to those of a model: by prefixes, one of them stripped.
+    """How the names in a checkpoint answer to those of a model: prefixes are stripped and added.
 
     Attributes:
         stored_prefix: What the checkpoint's names begin with, and the model's do not.
@@ -55,8 +55,11 @@ def check_names(model: nn.Module, tensors: Mapping[str, TensorInfo], label: str)
     weights = [name for name in tensors if name in state or name not in _COUNTERS_OF_WRAPPERS]
     fits = [
         NameFit(),
-        *(NameFit(stored_prefix=prefix) for prefix in _common_prefixes(weights)),
-        *(NameFit(model_prefix=prefix) for prefix in _common_prefixes(list(state))),
+        *(
+            NameFit(stored_prefix=stored, model_prefix=own)
+            for stored in ["", *_common_prefixes(weights)]
+            for own in ["", *_common_prefixes(list(state))]
+        ),
     ]
     for fit in fits:
         missing, unexpected = _differences(state, weights, fit)

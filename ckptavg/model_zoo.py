@@ -52,6 +52,13 @@ class ModelFromConfig:
             ModelError: If the library is not installed, or there is no config.
             Exception: Whatever the library raises.
         """
+        for key in ("pretrained", "weights", "weights_backbone"):
+            if self.arguments.get(key):
+                raise ModelError(
+                    f"{self.library}:{self.name}: no weights are downloaded; leave out '{key}'"
+                )
+        if ":" in self.name:
+            raise ModelError(f"{self.library}:{self.name}: nothing is fetched from the Hub")
         try:
             library = importlib.import_module(self.library)
         except ImportError as error:
@@ -81,9 +88,12 @@ class ModelFromConfig:
                 f"transformers:{self.name}: a single file has no config.json beside it; say where "
                 "one is (--model-arg config=DIR)"
             )
-        config = library.AutoConfig.from_pretrained(
-            source, local_files_only=True, trust_remote_code=False, **arguments
-        )
+        config, unknown = library.AutoConfig.from_pretrained(
+            source, local_files_only=True, trust_remote_code=False,
+            return_unused_kwargs=True, **arguments,
+        )  # fmt: skip
+        if unknown:
+            raise ModelError(f"transformers:{self.name}: its config has no '{next(iter(unknown))}'")
         kind = getattr(library, self.name)
         model: nn.Module = (
             kind.from_config(config, trust_remote_code=False)

@@ -19,14 +19,14 @@ from ckptavg.destination import check_destination
 from ckptavg.errors import SourceError, UsageError
 from ckptavg.plan import DEFAULT_MAX_SHARD_BYTES, AveragePlan, plan_average
 from ckptavg.processes import Processes
-from ckptavg.provenance import earlier_provenance
+from ckptavg.provenance import earlier_provenance, last_averaged
 from ckptavg.recipe import Recipe, Scheme, parse_scheme
 from ckptavg.results import BnPass, Source
 from ckptavg.side_files import SideFile, find_side_files
 from ckptavg.sources import close_all, open_sources, order_by_position
 
 if TYPE_CHECKING:
-    from ckptavg.bn_pass import BnOutcome
+    from ckptavg.bn_pass import BnOutcome, LastCheckpoint
 
     # number and directory of an output, what messages call it, progress of a stage -> outcome
     RunBnPass = Callable[[int, Path, str, Callable[[str], Callable[[int], None]]], BnOutcome]
@@ -44,6 +44,7 @@ class Prepared:
     workspace: Workspace
     side_files: Sequence[Sequence[SideFile]]
     run_bn_pass: RunBnPass | None
+    state_key: str | None
     notes: tuple[str, ...]
 
 
@@ -142,6 +143,7 @@ def prepared_average(
                 state_key=state_key,
                 strip_prefixes=strip_prefixes,
             ),
+            state_key=state_key,
             notes=(*side_notes, *_batchnorm_due(plan, batchnorm)),
         )
     finally:
@@ -161,22 +163,29 @@ def _bn_pass(
     if batchnorm is None:
         return None
     # imported here: importing torch takes longer than averaging most models
+    from ckptavg.batchnorm import refuse_together
     from ckptavg.bn_pass import build_model, check_repeatable, recompute_written
+    from ckptavg.model import check_names
 
-    lasts: list[Checkpoint | None] = [None] * len(plan.outputs)
+    refuse_together(batchnorm, processes)
+    given = None
     if batchnorm.compare:
         given = _last_checkpoint(batchnorm, checkpoints, opened, **reading)
-        lasts = [given or checkpoints[one.row.used[-1]] for one in plan.outputs]
-        if given is None and plan.n_checkpoints == 1:
-            lasts = [None]
-    check_repeatable(batchnorm, sum(1 if last is None else 2 for last in lasts))
     model = build_model(batchnorm, checkpoints[-1], device)
+    lasts: list[Checkpoint | None] = [None] * len(plan.outputs)
+    if given is not None:
+        check_names(model, given.tensors, given.label)
+    if batchnorm.compare and (given is not None or plan.n_checkpoints > 1):
+        lasts = [given or checkpoints[one.row.used[-1]] for one in plan.outputs]
+    check_repeatable(batchnorm, sum(1 if last is None else 2 for last in lasts))
+
+    known: dict[str, LastCheckpoint] = {}
 
     def run(
         number: int, written: Path, label: str, progress: Callable[[str], Callable[[int], None]]
     ) -> BnOutcome:
         return recompute_written(
-            model, batchnorm, plan, written, label, lasts[number], progress, processes
+            model, batchnorm, plan, written, label, lasts[number], known, progress, processes
         )
 
     return run
@@ -197,20 +206,29 @@ def _last_checkpoint(
     """
     source = batchnorm.last_checkpoint
     if source is None and len(checkpoints) == 1:
-        earlier = earlier_provenance(checkpoints[0])
-        try:
-            source = None if earlier is None else str(earlier["checkpoints"][-1]["source"])
-        except (LookupError, TypeError):
-            source = None
-        if source is not None and not Path(source).exists():
-            raise SourceError(
-                f"{checkpoints[0].label}: the last checkpoint that went into it, {source}, is not "
-                "there; say where it is (--last-checkpoint)"
-            )
+        found = last_averaged(earlier_provenance(checkpoints[0]))
+        if found is None:
+            return None
+        source, state_key, files = found
+        for file in files:
+            if (reason := _changed(*file)) is not None:
+                raise SourceError(
+                    f"{checkpoints[0].label}: the last checkpoint that went into it, {source}, "
+                    f"{reason}; say where it is (--last-checkpoint)"
+                )
     if source is None:
         return None
     opened.append(open_checkpoint(source, state_key=state_key))
     return normalise_names(opened[-1:], strip_prefixes)[0][0]
+
+
+def _changed(path: str, nbytes: int, mtime_ns: int) -> str | None:
+    """Tell what is wrong with a file that the provenance names; None if it is as it was."""
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return "is not there"
+    return None if (found.st_size, found.st_mtime_ns) == (nbytes, mtime_ns) else "has changed"
 
 
 def _batchnorm_due(plan: AveragePlan, batchnorm: BnPass | None) -> list[str]:

@@ -95,7 +95,7 @@ class _TorchProcesses(Processes):
             mine: dict[str, Any] = {"result": work()}
         except ProcessError:
             raise  # it is known everywhere already
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # the user's code may call sys.exit
             kind = "" if isinstance(error, CkptavgError) else f"unexpected {type(error).__name__}: "
             self._tell(f"{kind}{error}")
             self._exchange({"failed": True})

@@ -42,6 +42,7 @@ def provenance(
     *,
     version: str,
     device: str,
+    state_key: str | None,
     differing: Sequence[str],
     notes: Sequence[str],
     side_files: Sequence[str],
@@ -52,7 +53,7 @@ def provenance(
 ) -> bytes:
     """Return the JSON text of ``ckptavg.json`` for one output; it lists what went into that."""
     siblings = [other.name for other in plan.outputs]
-    recipe = asdict(plan.recipe)
+    recipe = {**asdict(plan.recipe), "state_key": state_key}
     del recipe["schemes"]
     content = {
         "format_version": FORMAT_VERSION,
@@ -101,6 +102,32 @@ def earlier_provenance(checkpoint: Checkpoint) -> dict[str, Any] | None:
         return None
     path = Path(checkpoint.directory) / PROVENANCE_NAME
     return read_json(path, str(path))
+
+
+def last_averaged(
+    told: Mapping[str, Any] | None,
+) -> tuple[str, str | None, list[tuple[str, int, int]]] | None:
+    """Return the last checkpoint that went into an average, and the entry of it that held weights.
+
+    Looks through models that were made from one model, as by another BatchNorm pass.
+
+    Returns:
+        Source, state key, and path, size and modification time of its files; None if no average is
+        known.
+    """
+    try:
+        while told is not None and told["n_sources"] == 1:
+            told = told["checkpoints"][0]["made_by_ckptavg"]
+        if told is None:
+            return None
+        last = told["checkpoints"][-1]
+        files = [
+            (str(file["path"]), int(file["nbytes"]), int(file["mtime_ns"]))
+            for file in last["files"]
+        ]
+        return str(last["source"]), told["recipe"].get("state_key"), files
+    except (LookupError, TypeError, ValueError, AttributeError):  # of another version, or by hand
+        return None
 
 
 def json_text(value: Any) -> str:

@@ -52,7 +52,9 @@ class BnPass(BnOptions):
         if self.compare and self.evaluate is None:
             raise UsageError("compare needs a metric: evaluate (--eval)")
         if self.last_checkpoint is not None and not self.compare:
-            raise UsageError("last_checkpoint (--last-checkpoint) belongs to compare (--compare)")
+            raise UsageError(
+                "last_checkpoint (--last-checkpoint) belongs to compare (--compare, --compare-bn)"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -175,6 +175,7 @@ def finish(
                 one,
                 version=__version__,
                 device=prepared.workspace.device,
+                state_key=prepared.state_key,
                 differing=differing[index],
                 notes=notes,
                 side_files=[file.name for file in files],
@@ -204,7 +205,7 @@ def report_notes(report: BnReport) -> list[str]:
     notes += [f"BatchNorm pass: {note}" for note in report.notes]
     if not report.layers and not report.skipped:
         notes.append("the model has no BatchNorm layers: no BN pass was needed")
-    if report.layers and report.n_samples < _FEW_SAMPLES_A_BATCH * report.n_batches:
+    if report.layers and 0 < report.n_samples < _FEW_SAMPLES_A_BATCH * report.n_batches:
         notes.append(
             f"BatchNorm statistics come from batches of about "
             f"{max(report.n_samples // report.n_batches, 1)} samples; batches of 128 or more are "

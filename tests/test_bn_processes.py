@@ -251,3 +251,69 @@ def test_several_processes_cannot_decide_when_they_have_converged(parts: Any) ->
             BnOptions(until_converged=0.1),
             processes=processes,
         )
+
+
+def test_shuffled_data_comes_in_the_same_order_everywhere(tmp_path: Path, parts: Any) -> None:
+    """Ranks of a training script are seeded differently; they take turns in one order."""
+    body = """
+import random
+from torch.utils.data import DataLoader
+torch.manual_seed(rank)
+random.seed(rank)
+seen = []
+def forward(model, batch):
+    seen.extend(batch[:, 0].tolist())
+    return model(batch)
+loader = DataLoader(parts.samples(), batch_size=15, shuffle=True)
+recompute_bn_stats(parts.build(), loader, forward=forward, distributed=True)
+(folder / f"seen-{rank}.json").write_text(json.dumps(seen))
+"""
+    ended = run(tmp_path, body, 2)
+    assert ended.returncode == 0, ended.stderr
+    seen: list[float] = []
+    for rank in range(2):
+        seen += json.loads((tmp_path / f"seen-{rank}.json").read_text())
+    assert sorted(seen) == sorted(parts.samples()[:, 0].tolist())
+
+
+def test_code_that_exits_in_one_process_is_a_failure_in_all(tmp_path: Path, parts: Any) -> None:
+    body = """
+from ckptavg import BnPass, CkptavgError
+def exits():
+    if rank == 1:
+        sys.exit(3)
+    return parts.batches()
+try:
+    recompute_bn(
+        sys.argv[1] + "/step-0.safetensors", folder / "out",
+        BnPass(model=parts.build, batches=exits), distributed=True,
+    )
+except CkptavgError as error:
+    (folder / f"told-{rank}").write_text(f"{type(error).__name__}: {error}")
+"""
+    _checkpoints(tmp_path, parts)
+    ended = run(tmp_path, body, 2)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "told-0").read_text() == (
+        "ProcessError: rank 1 failed: unexpected SystemExit: 3; nothing was published"
+    )
+    assert (tmp_path / "told-1").read_text() == (
+        "ModelError: the BatchNorm pass failed: SystemExit: 3"
+    )
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_models_with_other_layers_are_told(tmp_path: Path, parts: Any) -> None:
+    body = """
+model = parts.build()
+if rank:
+    model.second = torch.nn.Identity()
+try:
+    recompute_bn_stats(model, parts.batches(), distributed=True)
+except Exception as error:
+    (folder / f"told-{rank}").write_text(str(error))
+"""
+    ended = run(tmp_path, body, 2)
+    assert ended.returncode == 0, ended.stderr
+    told = {(tmp_path / f"told-{rank}").read_text() for rank in range(2)}
+    assert told == {"the processes have models with different BatchNorm layers"}

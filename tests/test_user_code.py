@@ -12,8 +12,9 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from ckptavg import BnPass, ModelError
-from ckptavg.cli.options import model_options
+from ckptavg import BnPass, ModelError, UsageError
+from ckptavg.bn_options import BnOptions
+from ckptavg.cli.options import model_arguments, model_options
 from ckptavg.cli.user_code import load_bn_pass, load_thing
 from ckptavg.model_zoo import ModelFromConfig
 
@@ -73,6 +74,9 @@ class Space:
 
 def forward(model, batch):
     return model(batch)
+
+def accuracy(model):
+    return 0.5
 '''
 
 
@@ -385,3 +389,197 @@ def test_arguments_of_another_form_are_usage_errors(text: str) -> None:
     result = CliRunner().invoke(show, ["--model", "a:b", "--data", "c:d", "--model-arg", text])
     assert result.exit_code == 2
     assert f"'{text}' is not of the form key=value" in result.output
+
+
+# ---- the options as they are typed ---------------------------------------------------------------
+
+# what is typed; the attribute of the pass; its value then, and without
+PASS_OPTIONS: list[tuple[list[str], str, object, object]] = [
+    (["--forward", "user_things:forward"], "forward", "forward", None),
+    (["--eval", "user_things:accuracy"], "evaluate", "accuracy", None),
+    (["--batches", "3"], "max_batches", 3, None),
+    (["--samples", "70"], "max_samples", 70, None),
+    (["--until-converged", "0.1"], "until_converged", 0.1, None),
+    (["--estimator", "paper"], "estimator", "paper", "population"),
+    (["--estimator", "torch"], "estimator", "torch", "population"),
+    (["--train-mode", "model"], "train_mode", "model", "bn"),
+    (["--amp", "bfloat16"], "amp", "bfloat16", None),
+    (["--amp", "float16"], "amp", "float16", None),
+    (["--channels-last"], "channels_last", True, False),
+    (["--compile"], "compile", True, False),
+    (["--seed", "0"], "seed", 0, None),
+    (["--seed", "7"], "seed", 7, None),
+    (["--allow-unreached"], "allow_unreached", True, False),
+    (["--data-per-process"], "data_per_process", True, False),
+]
+# these need a metric
+COMPARE_OPTIONS: list[tuple[list[str], str, object, object]] = [
+    (["--compare-bn"], "compare", True, False),
+    (["--last-checkpoint", "x"], "last_checkpoint", "x", None),
+]
+ARGUMENT_OPTIONS = [["--model-arg", "width=3"], ["--data-arg", "count=3"]]
+MODEL_AND_DATA = ["--model", "user_things:Net", "--data", "user_things:batches"]
+
+
+def given(*arguments: str) -> tuple[BnPass | None, int, str]:
+    """Return the pass that typed options give, the exit code, and what is printed."""
+    found: list[BnPass | None] = []
+
+    @click.command()
+    @model_options(required=False, compare="--compare-bn")
+    def take(**options: Any) -> None:
+        found.append(load_bn_pass(**model_arguments(options)))
+        assert options == {}  # nothing is left over
+
+    result = CliRunner().invoke(take, arguments)
+    if isinstance(result.exception, Exception):
+        raise result.exception
+    return (found[0] if found else None), result.exit_code, result.output
+
+
+def attribute(found: BnPass | None, name: str) -> object:
+    value = getattr(found, name)
+    return value.__name__ if callable(value) else value
+
+
+def test_all_options_are_in_the_tables_below() -> None:
+    @click.command()
+    @model_options(required=False, compare="--compare-bn")
+    def take(**options: Any) -> None: ...
+
+    tables = [*(row[0] for row in (*PASS_OPTIONS, *COMPARE_OPTIONS)), *ARGUMENT_OPTIONS]
+    assert {flag for parameter in take.params for flag in parameter.opts} == {
+        "--model", "--data", *(typed[0] for typed in tables),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [*(row[0] for row in (*PASS_OPTIONS, *COMPARE_OPTIONS)), *ARGUMENT_OPTIONS],
+    ids=" ".join,
+)
+def test_every_option_is_refused_under_its_own_name_without_model_and_data(
+    typed: list[str],
+) -> None:
+    found, code, output = given(*typed)
+    assert (found, code) == (None, 2)
+    assert output.endswith(f"Error: {typed[0]} needs --model and --data\n")
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [*(row[0] for row in (*PASS_OPTIONS, *COMPARE_OPTIONS)), *ARGUMENT_OPTIONS],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("half", [MODEL_AND_DATA[:2], MODEL_AND_DATA[2:]], ids=["model", "data"])
+def test_every_option_with_only_one_of_them_is_told_that_they_belong_together(
+    typed: list[str], half: list[str]
+) -> None:
+    _, code, output = given(*half, *typed)
+    assert code == 2
+    assert output.endswith(
+        "Error: --model and --data belong together: the BatchNorm pass needs both\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("typed", "name", "value", "default"),
+    PASS_OPTIONS,
+    ids=[" ".join(row[0]) for row in PASS_OPTIONS],
+)
+def test_every_option_reaches_the_pass_and_nothing_else_changes(
+    typed: list[str], name: str, value: object, default: object
+) -> None:
+    plain, _, _ = given(*MODEL_AND_DATA)
+    found, code, output = given(*MODEL_AND_DATA, *typed)
+    assert (code, output) == (0, "")
+    assert attribute(found, name) == value
+    assert attribute(plain, name) == default
+    others = {row[1] for row in (*PASS_OPTIONS, *COMPARE_OPTIONS)} - {name}
+    assert {other: attribute(found, other) for other in others} == {
+        other: attribute(plain, other) for other in others
+    }
+
+
+def test_the_comparison_reaches_the_pass_with_a_metric() -> None:
+    metric = ["--eval", "user_things:accuracy"]
+    found, _, _ = given(*MODEL_AND_DATA, *metric, "--compare-bn")
+    assert found is not None
+    assert (found.compare, found.last_checkpoint) == (True, None)
+    found, _, _ = given(*MODEL_AND_DATA, *metric, "--compare-bn", "--last-checkpoint", "last.pt")
+    assert found is not None
+    assert (found.compare, found.last_checkpoint) == (True, "last.pt")
+
+
+def test_the_comparison_without_a_metric_is_a_usage_error() -> None:
+    with pytest.raises(UsageError) as caught:
+        given(*MODEL_AND_DATA, "--compare-bn")
+    assert str(caught.value) == "compare needs a metric: evaluate (--eval)"
+
+
+def test_a_last_checkpoint_without_the_comparison_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match=r"^last_checkpoint \(--last-checkpoint\) belongs to "):
+        given(*MODEL_AND_DATA, "--last-checkpoint", "last.pt")
+
+
+def test_the_defaults_of_the_command_line_are_those_of_python() -> None:
+    found, _, _ = given(*MODEL_AND_DATA)
+    defaults = BnOptions()
+    assert found is not None
+    for row in PASS_OPTIONS:
+        if row[1] != "evaluate":
+            assert getattr(found, row[1]) == getattr(defaults, row[1]) == row[3], row[1]
+
+
+def test_defaults_that_are_typed_need_no_model() -> None:
+    assert given("--estimator", "population", "--train-mode", "bn") == (None, 0, "")
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["--estimator", "mean"],
+         "'mean' is not one of 'population', 'paper', 'torch'."),
+        (["--train-mode", "eval"], "'eval' is not one of 'bn', 'model'."),
+        (["--amp", "float32"], "'float32' is not one of 'bfloat16', 'float16'."),
+        (["--seed", "-1"], "-1 is not in the range x>=0."),
+        (["--batches", "0"], "0 is not in the range x>=1."),
+        (["--samples", "0"], "0 is not in the range x>=1."),
+        (["--until-converged", "0"], "0.0 is not in the range 0<x<1."),
+        (["--until-converged", "1"], "1.0 is not in the range 0<x<1."),
+    ],
+)  # fmt: skip
+def test_values_that_make_no_sense_are_refused_when_they_are_typed(
+    typed: list[str], message: str
+) -> None:
+    _, code, output = given(*MODEL_AND_DATA, *typed)
+    assert code == 2
+    assert f"Error: Invalid value for '{typed[0]}': {message}\n" in output
+
+
+def test_the_metric_must_be_a_function_that_is_there() -> None:
+    with pytest.raises(ModelError) as caught:
+        given(*MODEL_AND_DATA, "--eval", "user_things:number")
+    assert str(caught.value) == "--eval user_things:number: is a int, expected a function"
+    with pytest.raises(ModelError) as caught:
+        given(*MODEL_AND_DATA, "--eval", "user_things:recall")
+    assert str(caught.value) == (
+        "--eval user_things:recall: cannot be imported: AttributeError: module 'user_things' has "
+        "no attribute 'recall'"
+    )
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision", "transformers"])
+def test_a_model_of_a_library_comes_with_its_arguments(library: str) -> None:
+    found, _, _ = given(
+        "--model", f"{library}:resnet50", "--model-arg", "num_classes=10", *MODEL_AND_DATA[2:]
+    )
+    assert found is not None
+    assert found.model == ModelFromConfig(library, "resnet50", {"num_classes": 10})
+
+
+@pytest.mark.parametrize("name", ["timm:", "timm"])
+def test_a_library_alone_is_no_model(name: str) -> None:
+    _, code, output = given("--model", name, *MODEL_AND_DATA[2:])
+    assert code == 2
+    assert output.endswith(f"Error: --model: '{name}' is not of the form pkg.mod:thing\n")

@@ -8,18 +8,20 @@ batches, as if they had been one batch for each layer's own statistics.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from ckptavg.batchnorm.collect import BnProgress, Collection
-from ckptavg.batchnorm.kept import random_state_kept
+from ckptavg.batchnorm.kept import buffers_kept, random_state_kept
 from ckptavg.batchnorm.layers import find_layers, unwrapped
 from ckptavg.batchnorm.report import BnConvergence, BnLayerReport, BnReport
 from ckptavg.bn_options import Amp, BnOptions, Estimator, Forward, TrainMode
-from ckptavg.errors import UsageError
+from ckptavg.errors import ProcessError, UsageError
 from ckptavg.processes import Processes, joined_processes
 
 __all__ = [
@@ -31,13 +33,16 @@ __all__ = [
     "Estimator",
     "Forward",
     "TrainMode",
+    "buffers_kept",
     "random_state_kept",
     "recompute_bn_stats",
     "recompute_together",
+    "refuse_together",
     "unwrapped",
 ]
 
 _WAITING_SHARE = 0.5  # of a pass, from which on the loader is what it waits for
+_COPYING_SHARE = 0.8  # likewise; less is hidden behind the work
 _WAITING_SECONDS = 1.0
 
 
@@ -85,8 +90,9 @@ def recompute_bn_stats(
         compile: Likewise.
         seed: Likewise.
         distributed: Share the pass with the other processes of torchrun, or of the process group
-            that there is; all of them call this alike, and all get the same statistics. Limits
-            count the batches of all.
+            that there is; all of them call this alike, and all get the same statistics. Where
+            they take turns in the same data, limits count the batches of all; where each has a
+            share of its own, those of each.
         data_per_process: As in ``BnOptions``.
         progress: Called with the samples of each batch.
 
@@ -135,28 +141,40 @@ def recompute_together(
     does, ends the pass in all processes.
     """
     model = unwrapped(model)
-    if processes.size > 1 and options.until_converged is not None:
-        raise UsageError("until_converged: several processes cannot decide when to stop")
+    refuse_together(options, processes)
     layers, skipped = find_layers(model)
     started = time.perf_counter()
     if not layers:
         return BnReport(
             (), 0, 0, skipped, time.perf_counter() - started, estimator=options.estimator
         )
+    if processes.size > 1 and options.seed is None and not options.data_per_process:
+        # they take turns in the same data: it must come in the same order everywhere
+        seed = processes.together(lambda: secrets.randbelow(2**63))[0]
+        options = replace(options, seed=seed)
     collection = Collection(layers, options)
 
+    def advance(n_samples: int) -> None:
+        processes.look_out()
+        if progress is not None:
+            progress(n_samples)
+
     def collect() -> dict[str, Any]:
-        collection.collect(model, batches, processes.rank, processes.size, progress)
+        collection.collect(model, batches, processes.rank, processes.size, advance)
         return collection.to_words() if processes.size > 1 else {}
 
     told = processes.together(collect)
     if processes.size > 1:  # merged in the same order everywhere, so that all get the same bits
         collection = Collection(layers, options)
         for words in told:
+            if words["layers"] != list(layers):
+                raise ProcessError("the processes have models with different BatchNorm layers")
             collection.add_words(words)
     reports = collection.store()
-    for name in layers.keys() - {report.name for report in reports}:
-        skipped[name] = "was never reached by the data; its statistics are left as they were"
+    reached = {report.name for report in reports}
+    for name in layers:
+        if name not in reached:
+            skipped[name] = "was never reached by the data; its statistics are left as they were"
     seconds = time.perf_counter() - started
     return BnReport(
         reports,
@@ -169,7 +187,18 @@ def recompute_together(
         wait_seconds=collection.wait_seconds,
         n_processes=processes.size,
         notes=(*collection.notes, *_what_it_waited_for(collection, seconds)),
+        options=options.chosen(),
     )
+
+
+def refuse_together(options: BnOptions, processes: Processes) -> None:
+    """Refuse what several processes cannot do.
+
+    Raises:
+        UsageError: If they are asked to stop when the statistics have converged.
+    """
+    if processes.size > 1 and options.until_converged is not None:
+        raise UsageError("until_converged: several processes cannot decide when to stop")
 
 
 def _what_it_waited_for(collection: Collection, seconds: float) -> list[str]:
@@ -180,7 +209,7 @@ def _what_it_waited_for(collection: Collection, seconds: float) -> list[str]:
             f"the pass waited for the data {collection.wait_seconds / seconds:.0%} of its time: "
             "more workers of the loader would make it faster"
         ]
-    if collection.copy_seconds > _WAITING_SHARE * seconds:
+    if collection.copy_seconds > _COPYING_SHARE * seconds:
         return [
             f"copying the data to the GPU took {collection.copy_seconds / seconds:.0%} of the "
             "pass's time: pinned memory or smaller inputs (such as 8-bit images) would make it "

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from ckptavg.bn_options import BnOptions
 from ckptavg.errors import BatchNormError
 
 _IN_FLIGHT = 2  # batches whose work may be queued on a GPU when the next one is copied
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +27,12 @@ class Batch:
     Attributes:
         value: As the loader gave it.
         on_device: Its tensors where the model is.
-        n_samples: How many samples; 0 if they cannot be counted.
+        n_samples: How many samples; None if they cannot be counted.
     """
 
     value: Any
     on_device: Any
-    n_samples: int
+    n_samples: int | None
 
 
 class Feed:
@@ -57,7 +58,7 @@ class Feed:
         self._batches = batches
         self._device = device
         self._options = options
-        is_own = options.data_per_process or size == 1 or _is_shared_out(batches)
+        is_own = options.data_per_process or size == 1 or _is_shared_out(batches, size)
         self._rank, self._size = (0, 1) if is_own else (rank, size)
         self.n_batches = self.n_samples = 0
         self.wait_seconds = 0.0
@@ -66,24 +67,25 @@ class Feed:
     def __iter__(self) -> Iterator[Batch]:
         for value, n_samples in self._limited():
             self.n_batches += 1
-            self.n_samples += n_samples
+            self.n_samples += n_samples or 0
             yield Batch(value, self.placed(value), n_samples)
 
     def placed(self, value: Any) -> Any:
         """Bring one batch to the device."""
         if self._copies is not None:
-            return self._copies.run(lambda: self._placed(value))
+            return self._copies.run(value, self._placed)
         return self._placed(value)
 
     def copy_seconds(self) -> float:
         """Return how long a GPU took to copy the batches; waits for it."""
         return 0.0 if self._copies is None else self._copies.seconds()
 
-    def _limited(self) -> Iterator[tuple[Any, int]]:
+    def _limited(self) -> Iterator[tuple[Any, int | None]]:
         """Yield this process's batches, up to the limits, which count those of all."""
-        options, seen = self._options, 0
-        iterator = iter(self._batches)
-        index = 0
+        options, seen, index = self._options, 0, 0
+        started = perf_counter()
+        iterator = iter(self._batches)  # may start workers
+        self.wait_seconds += perf_counter() - started
         while options.max_batches is None or index < options.max_batches:
             started = perf_counter()
             try:
@@ -93,7 +95,7 @@ class Feed:
             finally:
                 self.wait_seconds += perf_counter() - started
             n_samples = batch_size(value)
-            if options.max_samples is not None and n_samples == 0:
+            if options.max_samples is not None and n_samples is None:
                 raise BatchNormError(
                     f"a batch is a {type(value).__name__}, whose samples cannot be counted; "
                     "use max_batches (--batches) instead of max_samples (--samples)"
@@ -101,7 +103,7 @@ class Feed:
             if index % self._size == self._rank:
                 yield value, n_samples
             index += 1
-            seen += n_samples
+            seen += n_samples or 0
             if options.max_samples is not None and seen >= options.max_samples:
                 return
 
@@ -117,18 +119,25 @@ class _CopyStream:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types
         self._worked: deque[torch.cuda.Event] = deque()
-        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._spans: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._seconds = 0.0  # of those that are over
 
-    def run(self, copy_batch: Callable[[], Any]) -> Any:
+    def run(self, value: Any, place: Callable[[Any], Any]) -> Any:
         """Start a copy; what is queued on the current stream from now on waits for it."""
         working = torch.cuda.current_stream(self._device)
+        if not _is_of_tensors(value):  # whose memory this stream would not know to be in use
+            return place(value)
         self._worked.append(_recorded(working))
         if len(self._worked) > _IN_FLIGHT:
             self._worked.popleft().synchronize()
+        if any(tensor.is_cuda for tensor in tensors_of(value)):  # perhaps still being made
+            self._stream.wait_stream(working)
         with torch.cuda.stream(self._stream):
             started = _recorded(self._stream)
-            moved = copy_batch()
+            moved = place(value)
             self._spans.append((started, _recorded(self._stream)))
+            while len(self._spans) > 2 * _IN_FLIGHT:
+                self._seconds += _elapsed(*self._spans.popleft())
         working.wait_stream(self._stream)
         for tensor in tensors_of(moved):
             if tensor.is_cuda:
@@ -138,8 +147,11 @@ class _CopyStream:
     def seconds(self) -> float:
         """Return how long all copies took."""
         self._stream.synchronize()
-        milliseconds = [float(started.elapsed_time(ended)) for started, ended in self._spans]
-        return sum(milliseconds) / 1000
+        return self._seconds + sum(_elapsed(*span) for span in self._spans)
+
+
+def _elapsed(started: torch.cuda.Event, ended: torch.cuda.Event) -> float:
+    return float(started.elapsed_time(ended)) / 1000
 
 
 def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
@@ -152,25 +164,22 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """Move every tensor in nested tuples, lists and mappings to a device; types stay."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
+    if isinstance(batch, PackedSequence):
+        return batch.to(device=device)  # type: ignore[call-arg]  # torch's types are wrong
     return _mapped(batch, lambda item: to_device(item, device), other=_moved_by_itself(device))
 
 
 def channels_last(batch: Any) -> Any:
     """Lay images and volumes in a batch out with channels last."""
     if isinstance(batch, Tensor):
-        layout = _CHANNELS_LAST.get(batch.dim())
+        layout = CHANNELS_LAST.get(batch.dim())
         return batch if layout is None else batch.to(memory_format=layout)
     return _mapped(batch, channels_last, other=lambda item: item)
 
 
-def batch_size(batch: Any) -> int:
-    """Return the length of the first tensor in a batch; 0 if there is none."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.dim() else 1
-    items = batch.values() if isinstance(batch, Mapping) else batch
-    if isinstance(items, (tuple, list)) or isinstance(batch, Mapping):
-        return next((size for size in map(batch_size, items) if size), 0)
-    return 0
+def batch_size(batch: Any) -> int | None:
+    """Return the length of the first tensor in a batch that has one; None if none has."""
+    return next((len(tensor) for tensor in tensors_of(batch) if tensor.dim()), None)
 
 
 def joined(first: Any, second: Any) -> Any:
@@ -179,10 +188,16 @@ def joined(first: Any, second: Any) -> Any:
     Raises:
         ValueError: If they do not fit together.
     """
-    if isinstance(first, Tensor):
-        if not isinstance(second, Tensor) or not first.dim() or first.shape[1:] != second.shape[1:]:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        if first.numel() and first.data_ptr() == second.data_ptr():
+            raise ValueError("the loader uses the memory of one batch for the next")
+        if not first.dim() and not second.dim() and torch.equal(first, second):
+            return first
+        if not first.dim() or first.shape[1:] != second.shape[1:]:
             raise ValueError("tensors of other shapes")
-        return torch.cat([first, second.to(first.device, first.dtype)])
+        if first.dtype != second.dtype:
+            raise ValueError("tensors of other dtypes")
+        return torch.cat([first, second.to(first.device)])
     if type(first) is not type(second):
         raise ValueError("other types")
     if isinstance(first, Mapping):
@@ -191,9 +206,10 @@ def joined(first: Any, second: Any) -> Any:
         pairs = {key: joined(value, second[key]) for key, value in first.items()}
         return _mapped_items(first, pairs)
     if isinstance(first, (tuple, list)):
-        if any(isinstance(item, Tensor) for item in (*first, *second)) or (
-            isinstance(first, tuple) and hasattr(first, "_fields")
-        ):
+        holds_parts = any(
+            isinstance(item, (Tensor, Mapping, tuple, list)) for item in (*first, *second)
+        )
+        if holds_parts or hasattr(first, "_fields"):
             if len(first) != len(second):
                 raise ValueError("other lengths")
             items = [joined(one, other) for one, other in zip(first, second, strict=True)]
@@ -204,13 +220,15 @@ def joined(first: Any, second: Any) -> Any:
     raise ValueError("values that are no tensors")
 
 
-def _is_shared_out(batches: Iterable[Any]) -> bool:
+def _is_shared_out(batches: Iterable[Any], size: int) -> bool:
     """Tell whether a loader gives each process a share of its own already."""
     from torch.utils.data.distributed import DistributedSampler
 
     sampler = getattr(batches, "sampler", None)
     inner = getattr(getattr(batches, "batch_sampler", None), "sampler", None)
-    return isinstance(sampler, DistributedSampler) or isinstance(inner, DistributedSampler)
+    return any(
+        isinstance(one, DistributedSampler) and one.num_replicas == size for one in (sampler, inner)
+    )
 
 
 def _mapped(batch: Any, change: Callable[[Any], Any], other: Callable[[Any], Any]) -> Any:
@@ -240,6 +258,15 @@ def _moved_by_itself(device: torch.device) -> Callable[[Any], Any]:
         return batch
 
     return move
+
+
+def _is_of_tensors(batch: Any) -> bool:
+    """Tell whether a batch holds nothing whose inside is unknown."""
+    if isinstance(batch, Mapping):
+        return all(map(_is_of_tensors, batch.values()))
+    if isinstance(batch, (tuple, list)):
+        return all(map(_is_of_tensors, batch))
+    return isinstance(batch, Tensor) or not hasattr(batch, "to")
 
 
 def tensors_of(batch: Any) -> Iterator[Tensor]:

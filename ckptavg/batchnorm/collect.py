@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,13 +60,14 @@ class Collection:
             feed = Feed(batches(), device, self._options, rank=rank, size=size)
             observer = Observer(model, self._layers, self._options, device)
             try:
-                self._go_through(feed, observer, progress)
+                with observer:
+                    self._go_through(feed, observer, progress)
+                    observer.check_compiled()
             except torch.OutOfMemoryError as error:
                 raise BatchNormError(
                     f"{device}: out of memory in batch {feed.n_batches}; use smaller batches, or "
                     "amp (--amp bfloat16)"
                 ) from error
-            observer.check_compiled()
             self.copy_seconds = feed.copy_seconds()
         self.n_batches, self.n_samples = feed.n_batches, feed.n_samples
         self.wait_seconds = feed.wait_seconds
@@ -89,15 +91,21 @@ class Collection:
             else:
                 if done is not None:
                     self._merge(*done)
-                done = batch, seen
+                done = replace(batch, on_device=None), seen
             if progress is not None:
-                progress(n_samples)
-            if self._has_converged(feed.n_batches):
-                break
+                progress(n_samples or 0)
+            if done is not None and self._has_converged(feed.n_batches):
+                state, amount = self._moments.state(), self._amount
+                self._merge(*done)
+                if self._has_converged(feed.n_batches):  # the newest batch tells nothing else
+                    done = None
+                    break
+                self._moments.restore(state)  # another may join it
+                self._amount = amount
         else:
             if self._options.until_converged is not None:
                 self.notes.append(
-                    f"the data ended before the statistics changed by less than "
+                    f"the pass ended before the statistics changed by less than "
                     f"{self._options.until_converged:g}"
                 )
         if small is not None:
@@ -109,12 +117,12 @@ class Collection:
             self._merge(*done)
         if n_joined:
             batches = "batch" if n_joined == 1 else "batches"
-            self.notes.append(f"{n_joined} {batches} too small for a layer joined to the next one")
+            self.notes.append(f"{n_joined} {batches} too small for a layer joined to a neighbour")
 
     def _merge(self, batch: Batch, seen: list[BatchMoments]) -> None:
         for one in seen:
             self._moments.merge(one)
-        self._amount += batch.n_samples or 1
+        self._amount += 1 if batch.n_samples is None else batch.n_samples
         self._moments.remember(self._amount)
 
     def _has_converged(self, n_batches: int) -> bool:
@@ -136,6 +144,7 @@ class Collection:
     def to_words(self) -> dict[str, Any]:
         """Return all of it in a form that JSON can express, exact."""
         return {
+            "layers": list(self._layers),
             "moments": self._moments.to_words(),
             "counts": [self.n_batches, self.n_samples],
             "seconds": [self.wait_seconds, self.copy_seconds],
@@ -266,11 +275,14 @@ def _join(small: Batch, error: TooSmallError, first: Batch, second: Batch, feed:
         BatchNormError: If they cannot be joined.
     """
     try:
-        if small.n_samples > 1:
+        if (small.n_samples or 0) > 1:
             raise ValueError("more than one sample")
         value = joined(first.value, second.value)
     except (ValueError, RuntimeError, TypeError) as reason:
         raise BatchNormError(
             f"{error} (it cannot be joined to the batch beside it: {reason})"
         ) from error
-    return Batch(value, feed.placed(value), first.n_samples + second.n_samples)
+    n_samples = None
+    if first.n_samples is not None and second.n_samples is not None:
+        n_samples = first.n_samples + second.n_samples
+    return Batch(value, feed.placed(value), n_samples)

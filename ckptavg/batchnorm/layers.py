@@ -19,7 +19,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """Return the user's model inside what ``torch.compile``, DDP or an averaging wrapper made."""
     while True:
         if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module) or (
-            type(model).__name__ in _WRAPPERS
+            any(kind.__name__ in _WRAPPERS for kind in type(model).__mro__)
             and isinstance(inner := getattr(model, "module", None), nn.Module)
         ):
             model = inner
@@ -85,9 +85,15 @@ class NormLayer:
                 return 1
         return values.shape[0]
 
-    def moments_of(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute what the layer would keep of an input, in float64 from the input itself."""
-        values = values.double()
+    @property
+    def has_own_forward(self) -> bool:
+        """Whether the layer's class, or somebody else, changed how it runs."""
+        forward = getattr(self.module.forward, "__func__", None)
+        return forward not in (_BatchNorm.forward, _InstanceNorm.forward)
+
+    def moments_of(self, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Compute what the layer would keep of an input, from the input itself."""
+        values = values.to(dtype)
         if not self.is_instance:
             dims = [dim for dim in range(values.dim()) if dim != 1]
             variance, mean = torch.var_mean(values, dims)

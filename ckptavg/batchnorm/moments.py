@@ -121,6 +121,15 @@ class Moments:
         """Return where a layer's channels are."""
         return self._place[name]
 
+    def state(self) -> tuple[Any, ...]:
+        """Return what ``restore`` takes to undo what is merged from here on."""
+        vectors = self._mean.clone(), self._second.clone(), self._weight.clone()
+        return (*vectors, dict(self.n_elements), self._snapshots.copy())
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        """Undo what was merged since ``state``."""
+        self._mean, self._second, self._weight, self.n_elements, self._snapshots = state
+
     # -- convergence
 
     def remember(self, amount: float) -> None:

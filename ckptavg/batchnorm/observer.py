@@ -7,15 +7,14 @@ used for batches of a shape that was watched before, and the buffers are read af
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ckptavg.batchnorm.batches import Batch, tensors_of
+from ckptavg.batchnorm.batches import Batch
 from ckptavg.batchnorm.kept import without_compiled_code
 from ckptavg.batchnorm.layers import NormLayer
 from ckptavg.batchnorm.moments import BatchMoments
@@ -23,6 +22,9 @@ from ckptavg.bn_options import BnOptions
 from ckptavg.errors import BatchNormError
 
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+_CALL = 2**40  # counts the calls of a layer above its elements
+_OWN_WAY = 0.01  # what precision may explain; a way of its own is further off
+_NUMBERS = (bool, int, float)
 
 Signature = tuple[object, ...]
 
@@ -47,13 +49,27 @@ class Observer:
         self._options = options
         self._device = device
         self._run = options.forward or _default_forward
-        self._n_samples = 0
+        self._n_samples: int | None = None
         self._pending: dict[str, tuple[float, int, Tensor, Tensor]] = {}
         self._seen: list[BatchMoments] = []
-        self._calls: Counter[str] = Counter()  # of each layer, as far as they are known
-        self._compiled: nn.Module | None = None
+        self._compiled: _Compiled | None = None
         self._known: dict[Signature, dict[str, tuple[float, int]]] = {}
+        # whether a layer's buffers do not hold what it saw; None: to be seen
+        self._from_input: dict[str, bool | None] = {
+            name: True
+            if layer.mean.dtype in _SIXTEEN_BITS
+            else (None if layer.has_own_forward else False)
+            for name, layer in layers.items()
+        }
+        self._error: BatchNormError | None = None
         self.notes: list[str] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._compiled is not None:
+            self._compiled.close()
 
     def observe(self, batch: Batch) -> list[BatchMoments]:
         """Run the model on a batch; several results mean that layers were used several times.
@@ -64,13 +80,17 @@ class Observer:
         """
         self._n_samples = batch.n_samples
         self._pending, self._seen = {}, []
-        signature = _signature(batch.on_device) if self._options.compile else ()
-        if signature in self._known and self._options.compile:
-            self._forward(self._compile(), batch)
-            for name, (weight, count) in self._known[signature].items():
+        signature = _signature(batch.on_device) if self._options.compile else None
+        known = None if signature is None else self._known.get(signature)
+        if known is not None:
+            if self._compiled is None:
+                self._compiled = _Compiled(self._model, self._layers)
+            counts = {name: count for name, (_, count) in known.items()}
+            with self._compiled.checking(counts):
+                self._forward(self._compiled.model, batch)
+            for name, (weight, count) in known.items():
                 layer = self._layers[name]
                 self._pending[name] = (weight, count, layer.mean, layer.variance)
-                self._calls[name] += 1
         else:
             with self._hooks(), without_compiled_code(self._model):
                 self._forward(self._model, batch)
@@ -80,20 +100,18 @@ class Observer:
         return self._seen
 
     def check_compiled(self) -> None:
-        """See that compiled code reached the layers that were expected of it.
+        """See that compiled code gave the layers what was expected of it; waits for a GPU.
 
         Raises:
             BatchNormError: If not.
         """
-        if self._compiled is None:
-            return
-        for name, layer in self._layers.items():
-            counter = layer.module.num_batches_tracked
-            if counter is not None and int(counter) != self._calls[name]:
-                raise BatchNormError(
-                    f"layer '{name}' was reached {int(counter)} times, not {self._calls[name]}: "
-                    "the model takes other ways for batches of equal shape; leave out compile"
-                )
+        if self._options.compile and self._compiled is None and not self.notes:
+            self.notes.append("the model was not compiled: no two batches were alike")
+        if self._compiled is not None and (name := self._compiled.surprised()) is not None:
+            raise BatchNormError(
+                f"layer '{name}' got other numbers of values than before from a batch of equal "
+                "shape: what the model does depends on the data; leave out compile"
+            )
 
     # -- running
 
@@ -103,32 +121,28 @@ class Observer:
             dtype = getattr(torch, self._options.amp)
             autocast = torch.autocast(self._device.type, dtype=dtype)
         # not inference_mode: whatever the model caches would be unfit for training
+        self._error = None
         with torch.no_grad(), autocast:
             self._run(model, batch.on_device)
+        if self._error is not None:  # the user's forward caught it
+            raise self._error
 
-    def _compile(self) -> nn.Module:
-        if self._compiled is None:
-            self._compiled = torch.compile(self._model, dynamic=False)  # type: ignore[assignment]
-        compiled = self._compiled
-        assert compiled is not None  # just made
-        return compiled
-
-    def _remember(self, signature: Signature) -> None:
+    def _remember(self, signature: Signature | None) -> None:
         """Note what batches of one shape give, if compiled code can be read that way."""
         reasons = {
+            "a batch holds more than tensors and plain values": signature is None,
             "layers are used several times in one forward": bool(self._seen),
-            "InstanceNorm layers do not count how often they ran": any(
+            "InstanceNorm layers count by instances": any(
                 layer.is_instance for layer in self._layers.values()
             ),
-            "16-bit buffers do not hold statistics": any(
-                layer.mean.dtype in _SIXTEEN_BITS for layer in self._layers.values()
-            ),
+            "buffers do not hold what a layer saw": any(self._from_input.values()),
         }
         for reason, holds in reasons.items():
             if holds:
                 note = f"the model was not compiled: {reason}"
                 self.notes += [] if note in self.notes else [note]
                 return
+        assert signature is not None  # that was the first reason
         self._known[signature] = {
             name: (weight, count) for name, (weight, count, _, _) in self._pending.items()
         }
@@ -153,6 +167,13 @@ class Observer:
         name = layer.name
 
         def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            try:
+                check(_only_input(inputs, named))
+            except BatchNormError as error:
+                self._error = error
+                raise
+
+        def check(values: Tensor) -> None:
             if not layer.module.training:
                 raise BatchNormError(
                     f"layer '{name}' was put into evaluation mode during the pass; forward must "
@@ -160,14 +181,13 @@ class Observer:
                 )
             if name in self._pending:  # used again in this forward: its buffers are overwritten
                 self._flush()
-            values = _only_input(inputs, named)
             count = layer.n_elements(values)
-            if layer.is_instance:
-                count //= max(layer.n_instances(values), 1)
+            if layer.is_instance and count:
+                count //= layer.n_instances(values)
                 if count < 2:
                     raise BatchNormError(
-                        f"layer '{name}' got {count or 'no'} value per channel and instance, which "
-                        "has no variance; use larger inputs"
+                        f"layer '{name}' got {count} value per channel and instance, which has no "
+                        "variance; use larger inputs"
                     )
             elif count < 2:
                 raise TooSmallError(
@@ -182,12 +202,13 @@ class Observer:
             module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
         ) -> None:
             values = _only_input(inputs, named)
-            # 16-bit buffers cannot hold a batch's statistics: take them from the input
-            sixteen = layer.mean.dtype in _SIXTEEN_BITS
-            mean, variance = layer.moments_of(values) if sixteen else (layer.mean, layer.variance)
+            if self._from_input[layer.name] is None:
+                self._from_input[layer.name] = not _buffers_hold(layer, values)
+            mean, variance = layer.mean, layer.variance
+            if self._from_input[layer.name]:
+                mean, variance = layer.moments_of(values, torch.float64)
             weight = self._weight(layer, values)
             self._pending[layer.name] = (weight, layer.n_elements(values), mean, variance)
-            self._calls[layer.name] += 1
 
         return hook
 
@@ -223,17 +244,94 @@ class Observer:
         return torch.cat([tensor.to(device, torch.float64) for tensor in tensors])
 
 
+class _Compiled:
+    """A compiled model that counts, on the device, what its layers get: nothing waits for it."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, NormLayer]) -> None:
+        self._layers = layers
+        self._counters = {
+            name: torch.zeros((), dtype=torch.int64, device=layer.device)
+            for name, layer in layers.items()
+        }
+        self._expected: dict[tuple[int, ...], Tensor] = {}  # kept: copying makes a GPU wait
+        self._surprise = torch.zeros(len(layers), dtype=torch.bool, device=self._device)
+        # hooks that are there before are compiled, too
+        self._handles = [
+            layer.module.register_forward_pre_hook(
+                _counting(layer, self._counters[name]), with_kwargs=True
+            )
+            for name, layer in layers.items()
+        ]
+        self.model: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._layers.values())).device
+
+    @contextmanager
+    def checking(self, counts: Mapping[str, int]) -> Iterator[None]:
+        """Note if the model, run meanwhile, gives a layer another number of values."""
+        expected = tuple(counts[name] + _CALL if name in counts else 0 for name in self._layers)
+        if expected not in self._expected:
+            self._expected[expected] = torch.tensor(expected, device=self._device)
+        for counter in self._counters.values():
+            counter.zero_()
+        yield
+        found = torch.stack([one.to(self._device) for one in self._counters.values()])
+        self._surprise |= found != self._expected[expected]
+
+    def surprised(self) -> str | None:
+        """Return the first layer that got another number of values than expected; None if none."""
+        found = self._surprise.tolist()
+        return next((name for name, one in zip(self._layers, found, strict=True) if one), None)
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def _buffers_hold(layer: NormLayer, values: Tensor) -> bool:
+    """Tell whether a layer that runs in its own way left an input's statistics in its buffers."""
+    mean, variance = layer.moments_of(values, torch.float32)
+    spread = (variance + layer.epsilon).sqrt()
+    shift = ((layer.mean - mean).abs() / spread).max()
+    ratio = ((layer.variance + layer.epsilon) / (variance + layer.epsilon) - 1).abs().max()
+    return bool((shift < _OWN_WAY) & (ratio < _OWN_WAY))
+
+
+def _counting(layer: NormLayer, counter: Tensor) -> Callable[..., None]:
+    n_features = layer.n_features
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        counter.add_(_only_input(inputs, named).numel() // n_features + _CALL)
+
+    return hook
+
+
 def _only_input(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
-    value: Tensor = inputs[0] if inputs else named["input"]
+    value: Tensor = inputs[0] if inputs else next(iter(named.values()))
     return value
 
 
-def _signature(batch: Any) -> Signature:
-    """Return what compiled code depends on: the shapes, dtypes and form of a batch."""
-    return (
-        type(batch),
-        *((tensor.shape, tensor.dtype, tensor.stride()) for tensor in tensors_of(batch)),
-    )
+def _signature(batch: Any) -> Signature | None:
+    """Return what a model's way may depend on, as far as it can be seen; None if it cannot."""
+    if isinstance(batch, Tensor):
+        return (tuple(batch.shape), batch.dtype, batch.stride())
+    if isinstance(batch, Mapping):
+        parts: list[Any] = list(batch.values())
+        form: tuple[object, ...] = (type(batch), *batch)
+    elif isinstance(batch, (tuple, list)):
+        parts, form = list(batch), (type(batch),)
+    else:
+        # a text, such as a file's name, is as good as any
+        return (
+            (type(batch), batch if isinstance(batch, _NUMBERS) else None)
+            if (isinstance(batch, (*_NUMBERS, str, bytes, type(None))))
+            else None
+        )
+    signatures = [_signature(part) for part in parts]
+    return None if None in signatures else (*form, *signatures)
 
 
 def _default_forward(model: nn.Module, batch: Any) -> object:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class BnReport:
         wait_seconds: How much of ``seconds`` the pass waited for the loader's batches.
         n_processes: How many processes shared the pass.
         notes: What the user should know, one sentence each.
+        options: How it ran, as far as that is not the default.
     """
 
     layers: tuple[BnLayerReport, ...]
@@ -70,3 +72,4 @@ class BnReport:
     wait_seconds: float = 0.0
     n_processes: int = 1
     notes: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
