@@ -428,6 +428,51 @@ def test_an_average_of_one_checkpoint_is_a_single_model(tmp_path: Path) -> None:
     ]
 
 
+def averaged_without_prefix(folder: Path) -> Path:
+    """Average checkpoints some of whose names have a prefix to strip; return the output."""
+    for number, values in enumerate(RUN, 1):
+        tensors = state(*values)
+        tensors["net.linear.weight"] = tensors.pop("linear.weight")
+        save_checkpoint(folder / f"step{number}", tensors, "safetensors")
+    average_checkpoints(folder / "step{1..3}.safetensors", folder / "swa", strip_prefixes=["net."])
+    return folder / "swa"
+
+
+def test_prefixes_that_were_stripped_are_stripped_from_a_last_checkpoint_that_is_named(
+    tmp_path: Path,
+) -> None:
+    averaged_without_prefix(tmp_path)
+    result = average_checkpoints(
+        tmp_path / "step{1..2}.safetensors",
+        tmp_path / "out",
+        strip_prefixes=["net."],
+        batchnorm=comparing(last_checkpoint=tmp_path / "step3.safetensors"),
+    )
+    assert rows_of(result.outputs[0])[:2] == FIVE_ROWS[:2]
+
+
+def test_prefixes_that_were_stripped_are_stripped_from_the_last_checkpoint_again(
+    tmp_path: Path,
+) -> None:
+    swa = averaged_without_prefix(tmp_path)
+    result = recompute_bn(swa, tmp_path / "out", comparing())
+    assert rows_of(result.outputs[0]) == FIVE_ROWS_AS_STORED
+
+
+def test_a_last_checkpoint_that_is_named_is_read_from_the_entry_that_was_averaged(
+    tmp_path: Path,
+) -> None:
+    for number, (weight, mean) in enumerate(RUN, 1):
+        entries = {"model": state(weight + 100, mean + 100), "ema": state(weight, mean)}
+        torch.save(entries, tmp_path / f"step{number}.pt")
+    average_checkpoints(tmp_path / "step{1..3}.pt", tmp_path / "swa", state_key="ema")
+    (tmp_path / "step3.pt").rename(tmp_path / "moved.pt")
+    result = recompute_bn(
+        tmp_path / "swa", tmp_path / "out", comparing(last_checkpoint=tmp_path / "moved.pt")
+    )
+    assert rows_of(result.outputs[0]) == FIVE_ROWS_AS_STORED
+
+
 def test_several_averages_of_one_checkpoint_are_single_models(tmp_path: Path) -> None:
     source = save_run(tmp_path)[0]
     result = average_checkpoints(
@@ -490,7 +535,7 @@ def generator() -> Iterator[Tensor]:
     [
         (["uniform"], True, 2),
         (["uniform", "uniform:last=2"], False, 2),
-        (["uniform", "uniform:last=2", "uniform:first=2"], True, 6),
+        (["uniform", "uniform:last=2", "uniform:first=2"], True, 5),  # two lasts, three averages
     ],
 )
 def test_data_that_can_be_gone_through_once_is_refused_for_several_passes(
@@ -684,6 +729,14 @@ def runs_it_in_training_mode(model: nn.Module) -> float:
     return 0.0
 
 
+def prunes_it(model: nn.Module) -> float:
+    """As for the metric of a smaller model: the weights change."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    return 0.0
+
+
 def turns_gradients_on(model: nn.Module) -> float:
     torch.set_grad_enabled(True)
     return float(model(torch.ones(2, 1)).detach().sum())
@@ -702,7 +755,7 @@ def drawn_numbers() -> list[float]:
 
 DISTURBANCES = [
     draws_numbers, seeds_numbers, leaves_it_training, freezes_it, runs_it_in_training_mode,
-    turns_gradients_on,
+    turns_gradients_on, prunes_it,
 ]  # fmt: skip
 
 

@@ -103,6 +103,7 @@ def test_it_does_not_matter_where_batches_come_from(where: str, channels_last: b
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("ignore")  # of what torch itself imports to compile
 def test_compiled_and_eager_passes_agree() -> None:
     model, expected = network().cuda(), network().cuda()
     report = recompute_bn_stats(model, images(), compile=True)

@@ -181,15 +181,35 @@ def test_every_module_is_in_its_mode_afterwards_whatever_happens(
     assert torch.is_grad_enabled()
 
 
-def test_a_user_who_overrides_train_gets_the_modes_back_by_attribute() -> None:
-    class Frozen(nn.Sequential):
-        def train(self, mode: bool = True) -> "Frozen":
-            super().train(mode)
-            self[1].training = True  # an unusual layer that always trains
-            return self
+class NeverTrains(nn.BatchNorm1d):
+    """A layer as detectors freeze it, by overriding ``train``."""
 
-    model = Frozen(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    model[1].training = False
-    before = modes(model)
-    evaluated(model, returning(0.5))
+    def train(self, mode: bool = True) -> "NeverTrains":
+        super().train(False)
+        return self
+
+
+class Merges(nn.Linear):
+    """A layer as of LoRA: ``eval`` and ``train`` change its weights."""
+
+    def train(self, mode: bool = True) -> "Merges":
+        super().train(mode)
+        with torch.no_grad():
+            self.weight.mul_(2 if mode else 3)
+        return self
+
+
+def test_modes_are_set_and_put_back_by_attribute() -> None:
+    model = nn.Sequential(Merges(3, 4), NeverTrains(4))
+    model[1].training = True
+    before, weight = modes(model), model.state_dict()["0.weight"].clone()
+    seen: list[dict[str, bool]] = []
+
+    def evaluate(given: nn.Module) -> float:
+        seen.append(modes(given))
+        return 0.5
+
+    evaluated(model, evaluate)
+    assert seen == [dict.fromkeys(before, False)]
     assert modes(model) == before
+    assert torch.equal(model.state_dict()["0.weight"], weight)

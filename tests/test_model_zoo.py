@@ -364,6 +364,16 @@ def test_a_single_file_is_enough_with_a_config_elsewhere(
     assert transformers[0] == (f"config of {directory}", OFFLINE)
 
 
+def test_a_config_that_is_no_directory_is_told_without_asking_transformers(
+    transformers: list[Call], directory: Path, tmp_path: Path
+) -> None:
+    """What is not there, transformers take for a repository: they look for it on the network."""
+    model = model_from("transformers:TinyModel", config=str(tmp_path / "nope"))
+    with pytest.raises(ModelError, match=f"^transformers:TinyModel: .*{tmp_path / 'nope'}"):
+        built(model, directory)
+    assert transformers == []
+
+
 def test_a_class_that_transformers_do_not_have_is_one_line(
     transformers: list[Call], directory: Path
 ) -> None:
