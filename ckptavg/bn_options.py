@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ckptavg.errors import UsageError
@@ -67,7 +68,7 @@ class BnOptions:
                 allowed = tuple(one for one in allowed if one is not None)
                 raise UsageError(f"{name}: '{value}' is not one of {', '.join(allowed)}")
         for name, limit in (("max_batches", self.max_batches), ("max_samples", self.max_samples)):
-            if limit is not None and (type(limit) is not int or limit < 1):
+            if limit is not None and (not _is_count(limit) or limit < 1):
                 raise UsageError(f"{name} is {limit}, expected at least 1")
         if self.seed is not None and not 0 <= self.seed < _N_SEEDS:
             raise UsageError(f"seed is {self.seed}, expected 0 to {_N_SEEDS - 1}")
@@ -83,3 +84,7 @@ class BnOptions:
             for one in fields(BnOptions)
             if one.name != "forward" and getattr(self, one.name) != one.default
         }
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)  # numpy's numbers, too

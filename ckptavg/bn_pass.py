@@ -145,6 +145,7 @@ def recompute_written(
             load(last)
             last_statistics = _statistics_of(model)
             evaluate("last checkpoint")
+            load(last)  # an evaluation may have changed it
             _run(model, batchnorm, progress("batchnorm of the last checkpoint"), processes)
             evaluate("last checkpoint + BN pass")
             known[last.label] = LastCheckpoint(tuple(rows), last_statistics)
@@ -152,15 +153,15 @@ def recompute_written(
     averaged = open_checkpoint(written, label=label)
     try:
         fit = load(averaged)
-    finally:
-        averaged.close()
-    if batchnorm.compare:
-        if last_statistics:
-            own = _statistics_of(model)
+        if batchnorm.compare and last_statistics:
             _set_statistics(model, last_statistics)
             evaluate("average, BN statistics of the last")
-            _set_statistics(model, own)
-        evaluate(f"average, BN statistics {stored}" if what == "average" else what)
+            load(averaged)
+        if batchnorm.compare:
+            evaluate(f"average, BN statistics {stored}" if what == "average" else what)
+            load(averaged)
+    finally:
+        averaged.close()
     report = _run(model, batchnorm, progress("batchnorm"), processes)
     dtypes = {tensor.name: tensor.output_dtype.name for tensor in plan.tensors}
     statistics = list(bn_buffer_bytes(model, report, dtypes, fit))

@@ -12,6 +12,7 @@ from ckptavg.checkpoint import Checkpoint
 from ckptavg.errors import ModelError, OutputError
 from ckptavg.tensors import Piece, TensorInfo
 
+_WRAPPERS = {"module", "_orig_mod"}  # what DDP, AveragedModel and torch.compile call the model
 _COUNTERS_OF_WRAPPERS = ("n_averaged",)  # of torch's AveragedModel: no weight of the model
 
 
@@ -54,11 +55,12 @@ def check_names(model: nn.Module, tensors: Mapping[str, TensorInfo], label: str)
         )
     weights = [name for name in tensors if name in state or name not in _COUNTERS_OF_WRAPPERS]
     fits = [
-        NameFit(),
         *(
             NameFit(stored_prefix=stored, model_prefix=own)
             for stored in ["", *_common_prefixes(weights)]
             for own in ["", *_common_prefixes(list(state))]
+            # two names of one network's parts are no reason to load one into the other
+            if not (stored and own) or _is_of_wrappers(stored) or _is_of_wrappers(own)
         ),
     ]
     for fit in fits:
@@ -66,7 +68,9 @@ def check_names(model: nn.Module, tensors: Mapping[str, TensorInfo], label: str)
         if not missing and not unexpected:
             break
     else:
-        missing, unexpected = _differences(state, weights, fits[0])
+        missing, unexpected = min(
+            (_differences(state, weights, fit) for fit in fits), key=lambda two: sum(map(len, two))
+        )
         parts = []
         if missing:
             parts.append(f"{len(missing)} tensors of the model are missing: {_some(missing)}")
@@ -102,6 +106,10 @@ def _differences(
         if not name.startswith(fit.stored_prefix) or fit.in_model(name) not in state
     ]
     return missing, unexpected
+
+
+def _is_of_wrappers(prefix: str) -> bool:
+    return set(prefix.split(".")[:-1]) <= _WRAPPERS
 
 
 def _common_prefixes(names: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ import importlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import ModelError
@@ -88,12 +89,18 @@ class ModelFromConfig:
                 f"transformers:{self.name}: a single file has no config.json beside it; say where "
                 "one is (--model-arg config=DIR)"
             )
+        if not Path(source).is_dir():
+            raise ModelError(f"transformers:{self.name}: {source} is no directory")
+        import torch
+
         config, unknown = library.AutoConfig.from_pretrained(
             source, local_files_only=True, trust_remote_code=False,
             return_unused_kwargs=True, **arguments,
         )  # fmt: skip
         if unknown:
             raise ModelError(f"transformers:{self.name}: its config has no '{next(iter(unknown))}'")
+        if getattr(config, "dtype", None) is not None and "dtype" not in arguments:
+            config.dtype = torch.float32  # statistics of the weights, not of rounded ones
         kind = getattr(library, self.name)
         model: nn.Module = (
             kind.from_config(config, trust_remote_code=False)

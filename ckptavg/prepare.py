@@ -45,6 +45,7 @@ class Prepared:
     side_files: Sequence[Sequence[SideFile]]
     run_bn_pass: RunBnPass | None
     state_key: str | None
+    strip_prefixes: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -144,6 +145,7 @@ def prepared_average(
                 strip_prefixes=strip_prefixes,
             ),
             state_key=state_key,
+            strip_prefixes=tuple(strip_prefixes),
             notes=(*side_notes, *_batchnorm_due(plan, batchnorm)),
         )
     finally:
@@ -177,7 +179,8 @@ def _bn_pass(
         check_names(model, given.tensors, given.label)
     if batchnorm.compare and (given is not None or plan.n_checkpoints > 1):
         lasts = [given or checkpoints[one.row.used[-1]] for one in plan.outputs]
-    check_repeatable(batchnorm, sum(1 if last is None else 2 for last in lasts))
+    compared = {last.label for last in lasts if last is not None}
+    check_repeatable(batchnorm, len(lasts) + len(compared))
 
     known: dict[str, LastCheckpoint] = {}
 
@@ -205,21 +208,30 @@ def _last_checkpoint(
         SourceError: If the provenance of a single model names a checkpoint that is not there.
     """
     source = batchnorm.last_checkpoint
-    if source is None and len(checkpoints) == 1:
-        found = last_averaged(earlier_provenance(checkpoints[0]))
-        if found is None:
-            return None
-        source, state_key, files = found
-        for file in files:
+    if len(checkpoints) == 1 and (found := last_averaged(earlier_provenance(checkpoints[0]))):
+        # the average tells how its checkpoints were read
+        strip_prefixes = [*strip_prefixes, *found.strip_prefixes]
+        if source is None or not is_safetensors(source):
+            state_key = state_key or found.state_key
+        for file in found.files if source is None else ():
             if (reason := _changed(*file)) is not None:
                 raise SourceError(
-                    f"{checkpoints[0].label}: the last checkpoint that went into it, {source}, "
-                    f"{reason}; say where it is (--last-checkpoint)"
+                    f"{checkpoints[0].label}: the last checkpoint that went into it, "
+                    f"{found.source}, {reason}; say where it is (--last-checkpoint)"
                 )
+        source = source or found.source
     if source is None:
         return None
     opened.append(open_checkpoint(source, state_key=state_key))
-    return normalise_names(opened[-1:], strip_prefixes)[0][0]
+    names = opened[-1].tensors
+    there = [one for one in strip_prefixes if any(name.startswith(one) for name in names)]
+    return normalise_names(opened[-1:], there)[0][0]
+
+
+def is_safetensors(source: Source) -> bool:
+    """Tell whether a checkpoint has no entries to choose from."""
+    path = Path(source)
+    return path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors")))
 
 
 def _changed(path: str, nbytes: int, mtime_ns: int) -> str | None:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ def provenance(
     version: str,
     device: str,
     state_key: str | None,
+    strip_prefixes: Sequence[str],
     differing: Sequence[str],
     notes: Sequence[str],
     side_files: Sequence[str],
@@ -53,7 +54,8 @@ def provenance(
 ) -> bytes:
     """Return the JSON text of ``ckptavg.json`` for one output; it lists what went into that."""
     siblings = [other.name for other in plan.outputs]
-    recipe = {**asdict(plan.recipe), "state_key": state_key}
+    reading = {"state_key": state_key, "strip_prefixes": list(strip_prefixes)}
+    recipe = {**asdict(plan.recipe), **reading}
     del recipe["schemes"]
     content = {
         "format_version": FORMAT_VERSION,
@@ -104,28 +106,43 @@ def earlier_provenance(checkpoint: Checkpoint) -> dict[str, Any] | None:
     return read_json(path, str(path))
 
 
-def last_averaged(
-    told: Mapping[str, Any] | None,
-) -> tuple[str, str | None, list[tuple[str, int, int]]] | None:
-    """Return the last checkpoint that went into an average, and the entry of it that held weights.
+@dataclass(frozen=True)
+class LastAveraged:
+    """The last checkpoint that went into an average, as its provenance tells.
+
+    Attributes:
+        source: What was given.
+        files: Path, size and modification time of each of its files.
+        state_key: The entry that held the weights; None for the usual one.
+        strip_prefixes: What was removed from its tensors' names.
+    """
+
+    source: str
+    files: tuple[tuple[str, int, int], ...]
+    state_key: str | None
+    strip_prefixes: tuple[str, ...]
+
+
+def last_averaged(told: Mapping[str, Any] | None) -> LastAveraged | None:
+    """Return the last checkpoint that went into an average; None if no average is known.
 
     Looks through models that were made from one model, as by another BatchNorm pass.
-
-    Returns:
-        Source, state key, and path, size and modification time of its files; None if no average is
-        known.
     """
     try:
         while told is not None and told["n_sources"] == 1:
             told = told["checkpoints"][0]["made_by_ckptavg"]
         if told is None:
             return None
-        last = told["checkpoints"][-1]
-        files = [
-            (str(file["path"]), int(file["nbytes"]), int(file["mtime_ns"]))
-            for file in last["files"]
-        ]
-        return str(last["source"]), told["recipe"].get("state_key"), files
+        last, recipe = told["checkpoints"][-1], told["recipe"]
+        return LastAveraged(
+            source=str(last["source"]),
+            files=tuple(
+                (str(file["path"]), int(file["nbytes"]), int(file["mtime_ns"]))
+                for file in last["files"]
+            ),
+            state_key=recipe.get("state_key"),
+            strip_prefixes=tuple(map(str, recipe.get("strip_prefixes", ()))),
+        )
     except (LookupError, TypeError, ValueError, AttributeError):  # of another version, or by hand
         return None
 

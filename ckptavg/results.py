@@ -49,6 +49,8 @@ class BnPass(BnOptions):
 
     def __post_init__(self) -> None:
         BnOptions.__post_init__(self)
+        if self.evaluate is not None and not callable(self.evaluate):
+            raise UsageError(f"evaluate is a {type(self.evaluate).__name__}, expected a function")
         if self.compare and self.evaluate is None:
             raise UsageError("compare needs a metric: evaluate (--eval)")
         if self.last_checkpoint is not None and not self.compare:

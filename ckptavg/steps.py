@@ -176,6 +176,7 @@ def finish(
                 version=__version__,
                 device=prepared.workspace.device,
                 state_key=prepared.state_key,
+                strip_prefixes=prepared.strip_prefixes,
                 differing=differing[index],
                 notes=notes,
                 side_files=[file.name for file in files],

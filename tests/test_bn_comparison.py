@@ -783,6 +783,45 @@ def test_what_an_evaluation_does_leaves_no_trace_in_the_published_statistics(
     assert drawn[0] == drawn[1]
 
 
+class Behind(Two):
+    """The frozen layer comes first: what it holds decides the statistics of the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.bn(self.late(self.linear(x)))
+        return out
+
+
+@pytest.mark.parametrize("evaluate", [leaves_it_training, runs_it_in_training_mode])
+def test_an_evaluation_leaves_no_trace_in_frozen_layers_before_those_recomputed(
+    tmp_path: Path, evaluate: Callable[[nn.Module], float]
+) -> None:
+    def behind_frozen() -> nn.Module:
+        model = Behind()
+        model.late.eval()
+        return model
+
+    late = {f"late.{name.removeprefix('bn.')}": value for name, value in state(1, 4).items()}
+    del late["late.linear.weight"]
+    sources = [
+        save_checkpoint(tmp_path / f"step{number}", {**state(*values), **late}, "safetensors")
+        for number, values in enumerate(RUN, 1)
+    ]
+    found = []
+    for name, options in (
+        ("plain", {"evaluate": None}),
+        ("told", {"evaluate": evaluate, "compare": True}),
+    ):
+        average_checkpoints(
+            sources, tmp_path / name, batchnorm=bn_pass(model=behind_frozen, **options)
+        )
+        found.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert found[0] == found[1]
+    # means of 6 pass through the frozen layer, of mean 4 and variance 2
+    assert published(tmp_path / "told")["bn.running_mean"].item() == pytest.approx(
+        (6 - 4) / (2 + 1e-5) ** 0.5
+    )
+
+
 def test_the_rows_do_not_depend_on_what_earlier_evaluations_draw(tmp_path: Path) -> None:
     sources = save_run(tmp_path)
     rows = []

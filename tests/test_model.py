@@ -418,15 +418,21 @@ def test_a_prefix_that_not_all_names_have_is_not_left_out(
     )
 
 
-def test_a_model_that_fits_neither_way_is_told_with_the_names_as_they_are(
-    make_checkpoint: MakeCheckpoint,
-) -> None:
+def test_what_is_missing_behind_a_prefix_is_told_alone(make_checkpoint: MakeCheckpoint) -> None:
     state = prefixed(net().state_dict(), "model.")
     del state["model.2.bias"]
     assert refusal(net(), make_checkpoint("one", state, "torch")) == (
-        "does not fit the model: 9 tensors of the model are missing: "
-        "'0.weight', '0.bias', '1.weight', ...; 8 tensors are not in the model: "
-        "'model.0.weight', 'model.0.bias', 'model.1.weight', ..."
+        "does not fit the model: 1 tensors of the model are missing: '2.bias'"
+    )
+
+
+def test_parts_of_one_network_are_not_loaded_into_each_other(
+    make_checkpoint: MakeCheckpoint,
+) -> None:
+    path = make_checkpoint("one", prefixed(nn.Linear(3, 4).state_dict(), "actor."))
+    assert refusal(inside(nn.Linear(3, 4), "critic."), path) == (
+        "does not fit the model: 2 tensors of the model are missing: 'critic.weight', "
+        "'critic.bias'; 2 tensors are not in the model: 'actor.bias', 'actor.weight'"
     )
 
 

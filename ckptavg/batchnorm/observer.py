@@ -1,8 +1,8 @@
 """Watches what the layers of a model see in one batch.
 
 A BatchNorm layer with momentum 1 leaves the mean and unbiased variance of its input in its buffers
-at no extra cost; hooks note when, and how many elements it had. Compiled code is used for batches of
-a shape that was watched before: it only counts what each layer gets, the buffers are read
+at no extra cost; hooks note when, and how many elements it had. Compiled code is used for batches
+of a shape that was watched before: it only counts what each layer gets, the buffers are read
 afterwards, and at the end the counts must have been those of the batch that was watched.
 """
 
