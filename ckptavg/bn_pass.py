@@ -10,13 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ckptavg.batchnorm import (
-    BnReport,
-    buffers_kept,
-    random_state_kept,
-    recompute_together,
-    unwrapped,
-)
+from ckptavg.batchnorm import BnReport, recompute_together, unwrapped
 from ckptavg.checkpoint import Checkpoint, open_checkpoint
 from ckptavg.errors import CkptavgError, ModelError, UsageError
 from ckptavg.evaluate import evaluated
@@ -129,10 +123,9 @@ def recompute_written(
             return
 
         def metrics_of_first() -> dict[str, float] | None:
-            # it may shuffle or sample, or train: the pass must not depend on it
             if processes.rank != 0:
                 return None
-            with random_state_kept(None), buffers_kept(model), _on_device_of(model):
+            with _on_device_of(model):
                 return evaluated(model, function)
 
         with _user_code(f"evaluating '{name}'"):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ckptavg.batchnorm.kept import buffers_kept, modes_kept, random_state_kept, set_modes
 from ckptavg.errors import ModelError
 
 Evaluate = Callable[[nn.Module], "float | Mapping[str, float]"]
@@ -17,21 +18,16 @@ Evaluate = Callable[[nn.Module], "float | Mapping[str, float]"]
 def evaluated(model: nn.Module, evaluate: Evaluate) -> dict[str, float]:
     """Return what ``evaluate`` says of a model, by the names of its metrics; one is ``metric``.
 
-    It runs in evaluation mode and without gradients; the training modes are restored.
+    It runs in evaluation mode and without gradients. It may shuffle, sample or train: modes,
+    buffers and random states are restored.
 
     Raises:
         ModelError: If it returns anything but a number, or several by name.
         Exception: Whatever it raises.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:  # by attribute: eval() of a user's module may do more than that
-            module.training = False
-        with torch.no_grad():
-            value = evaluate(model)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with random_state_kept(None), modes_kept(model), buffers_kept(model), torch.no_grad():
+        set_modes(model, training=False)
+        value = evaluate(model)
     found: Mapping[Any, Any] = value if isinstance(value, Mapping) else {"metric": value}
     metrics: dict[str, float] = {}
     for name, one in found.items():

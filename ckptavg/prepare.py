@@ -211,7 +211,7 @@ def _last_checkpoint(
     if len(checkpoints) == 1 and (found := last_averaged(earlier_provenance(checkpoints[0]))):
         # the average tells how its checkpoints were read
         strip_prefixes = [*strip_prefixes, *found.strip_prefixes]
-        if source is None or not is_safetensors(source):
+        if source is None or not _is_safetensors(source):
             state_key = state_key or found.state_key
         for file in found.files if source is None else ():
             if (reason := _changed(*file)) is not None:
@@ -228,7 +228,7 @@ def _last_checkpoint(
     return normalise_names(opened[-1:], there)[0][0]
 
 
-def is_safetensors(source: Source) -> bool:
+def _is_safetensors(source: Source) -> bool:
     """Tell whether a checkpoint has no entries to choose from."""
     path = Path(source)
     return path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors")))

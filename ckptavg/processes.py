@@ -34,6 +34,11 @@ def started_by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def is_first_process() -> bool:
+    """Tell whether this is the process that speaks: the only one, or torchrun's first."""
+    return not started_by_torchrun() or os.environ.get("RANK") == "0"
+
+
 class Processes:
     """One process: nobody to wait for.
 

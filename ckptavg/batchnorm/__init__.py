@@ -17,7 +17,6 @@ from typing import Any
 from torch import nn
 
 from ckptavg.batchnorm.collect import BnProgress, Collection
-from ckptavg.batchnorm.kept import buffers_kept, random_state_kept
 from ckptavg.batchnorm.layers import find_layers, unwrapped
 from ckptavg.batchnorm.report import BnConvergence, BnLayerReport, BnReport
 from ckptavg.bn_options import Amp, BnOptions, Estimator, Forward, TrainMode
@@ -33,8 +32,6 @@ __all__ = [
     "Estimator",
     "Forward",
     "TrainMode",
-    "buffers_kept",
-    "random_state_kept",
     "recompute_bn_stats",
     "recompute_together",
     "refuse_together",

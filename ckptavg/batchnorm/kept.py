@@ -49,19 +49,15 @@ def ready_for_pass(
 ) -> Iterator[None]:
     """Put the model into the state for the pass; put everything back, whatever happens.
 
-    The statistics, too: the caller stores the new ones once they are complete. Modes are set by
-    attribute, there and back, because ``eval`` of a user's module may do more than that.
+    The statistics, too: the caller stores the new ones once they are complete.
     """
-    modes = [(module, module.training) for module in model.modules()]
     momenta = [(layer.module, layer.module.momentum) for layer in layers.values()]
     try:
-        with random_state_kept(options.seed), buffers_kept(model):
+        with random_state_kept(options.seed), modes_kept(model), buffers_kept(model):
             if options.train_mode == "bn":
-                for module, _ in modes:
-                    module.training = False
+                set_modes(model, training=False)
             elif not model.training:  # in a model in training mode, what is not, is frozen
-                for module, _ in modes:
-                    module.training = True
+                set_modes(model, training=True)
             for layer in layers.values():
                 layer.module.training = True
                 layer.module.momentum = 1.0  # the buffers then hold the last batch's statistics
@@ -73,10 +69,25 @@ def ready_for_pass(
             ):
                 yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for norm, momentum in momenta:
             norm.momentum = momentum
+
+
+def set_modes(model: nn.Module, *, training: bool) -> None:
+    """Set the mode of every module by attribute: ``eval`` of a user's module may do more."""
+    for module in model.modules():
+        module.training = training
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Restore the training mode of every module."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @contextmanager

@@ -238,11 +238,10 @@ class Observer:
         )
 
     def _end_to_end(self, tensors: list[Tensor]) -> Tensor:
-        device = next(iter(self._layers.values())).device
         # one dtype: then one copy and one conversion are enough
         if len({(tensor.dtype, tensor.device) for tensor in tensors}) == 1:
-            return torch.cat(tensors).to(device, torch.float64)
-        return torch.cat([tensor.to(device, torch.float64) for tensor in tensors])
+            return torch.cat(tensors).to(self._device, torch.float64)
+        return torch.cat([tensor.to(self._device, torch.float64) for tensor in tensors])
 
 
 class _Compiled:

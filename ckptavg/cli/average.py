@@ -1,6 +1,5 @@
 """``ckptavg average``: many checkpoints in, one model directory out."""
 
-import os
 from typing import Any
 
 import click
@@ -91,11 +90,11 @@ def command(
     """
     from ckptavg.pipeline import average_checkpoints
     from ckptavg.prepare import chosen_schemes, prepared_average
-    from ckptavg.processes import started_by_torchrun
+    from ckptavg.processes import is_first_process, started_by_torchrun
     from ckptavg.recipe import Recipe
 
     distributed = started_by_torchrun()
-    is_first = not distributed or os.environ.get("RANK") == "0"
+    is_first = is_first_process()
     quiet = quiet or not is_first
     with stdout_for_the_result():
         batchnorm = load_bn_pass(**model_arguments(options))

@@ -6,7 +6,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from ckptavg.bn_options import Amp, Estimator, TrainMode
+from ckptavg.bn_options import Amp, BnOptions, Estimator, TrainMode
 from ckptavg.errors import UsageError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -201,13 +201,14 @@ def model_options(*, required: bool, compare: str) -> Callable[[Command], Comman
             "spread, for example 0.01.",
         ),
         click.option(
-            "--estimator", type=click.Choice(get_args(Estimator)), default="population",
+            "--estimator", type=click.Choice(get_args(Estimator)), default=BnOptions.estimator,
             show_default=True,
             help="population: mean and variance of all samples together; paper: variances within "
             "batches, weighed by samples; torch: every batch alike, as update_bn.",
         ),
         click.option(
-            "--train-mode", type=click.Choice(get_args(TrainMode)), default="bn", show_default=True,
+            "--train-mode", type=click.Choice(get_args(TrainMode)),
+            default=BnOptions.train_mode, show_default=True,
             help="bn: only BatchNorm layers run in training mode; model: dropout and all do.",
         ),
         click.option(

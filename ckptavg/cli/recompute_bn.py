@@ -1,6 +1,5 @@
 """``ckptavg recompute-bn``: right BatchNorm statistics for one saved model."""
 
-import os
 from typing import Any
 
 import click
@@ -43,10 +42,10 @@ def command(
     bit. The statistics are those of all samples together, exact for unequal batches.
     """
     from ckptavg.pipeline import recompute_bn
-    from ckptavg.processes import started_by_torchrun
+    from ckptavg.processes import is_first_process, started_by_torchrun
 
     distributed = started_by_torchrun()
-    is_first = not distributed or os.environ.get("RANK") == "0"
+    is_first = is_first_process()
     quiet = quiet or not is_first
     with stdout_for_the_result():
         batchnorm = load_bn_pass(**model_arguments(options))

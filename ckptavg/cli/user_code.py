@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 Arguments = Sequence[tuple[str, Any]]
 
-_DEFAULTS = {"estimator": "population", "train_mode": "bn"}
 _FLAGS = {"max_batches": "--batches", "max_samples": "--samples", "compare": "--compare-bn"}
 
 
@@ -67,20 +66,19 @@ def load_bn_pass(
         click.UsageError: If options are given that need others.
         ModelError: If something named cannot be imported or is of the wrong kind.
     """
+    from ckptavg.results import BnPass
+
     if model_name is None and data_name is None:
         given = {
             "model_arg": model_arguments, "data_arg": data_arguments, "forward": forward_name,
             "eval": eval_name, **options,
         }  # fmt: skip
         for name, value in given.items():
-            is_default = value is None or value in (False, ()) or value == _DEFAULTS.get(name)
-            if not is_default or (name == "seed" and value is not None):
+            if value not in (None, (), getattr(BnPass, name, None)):
                 raise click.UsageError(f"{_FLAGS.get(name, _flag(name))} needs --model and --data")
         return None
     if model_name is None or data_name is None:
         raise click.UsageError("--model and --data belong together: the BatchNorm pass needs both")
-
-    from ckptavg.results import BnPass
 
     model = _model(model_name, model_arguments)
     batches = load_thing(data_name, "--data")
