@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         BatchNormError,
         CheckpointError,
         CkptavgError,
+        HubError,
         IncompatibleCheckpointsError,
         MemoryBudgetError,
         ModelError,
@@ -27,7 +28,13 @@ if TYPE_CHECKING:
         UsageError,
     )
     from ckptavg.model_zoo import ModelFromConfig, model_from
-    from ckptavg.pipeline import average_checkpoints, inspect_checkpoint, recompute_bn
+    from ckptavg.pipeline import (
+        average_checkpoints,
+        hub_revisions,
+        inspect_checkpoint,
+        push_model,
+        recompute_bn,
+    )
     from ckptavg.plan import AveragePlan, plan_average
     from ckptavg.recipe import Recipe, Scheme, parse_scheme
     from ckptavg.results import (
@@ -38,6 +45,7 @@ if TYPE_CHECKING:
         OutputResult,
         StageTimes,
     )
+    from ckptavg.tensors import HubRevision, PushResult
 
 # where each public name lives; imported when it is first used (PEP 562)
 _HOME = {
@@ -54,6 +62,8 @@ _HOME = {
     "CheckpointInfo": "results",
     "CkptavgError": "errors",
     "ComparisonRow": "results",
+    "HubError": "errors",
+    "HubRevision": "tensors",
     "IncompatibleCheckpointsError": "errors",
     "MemoryBudgetError": "errors",
     "ModelError": "errors",
@@ -62,17 +72,20 @@ _HOME = {
     "OutputResult": "results",
     "ProcessEndedError": "errors",
     "ProcessError": "errors",
+    "PushResult": "tensors",
     "Recipe": "recipe",
     "Scheme": "recipe",
     "SourceError": "errors",
     "StageTimes": "results",
     "UsageError": "errors",
     "average_checkpoints": "pipeline",
+    "hub_revisions": "pipeline",
     "inspect_checkpoint": "pipeline",
     "model_from": "model_zoo",
     "open_checkpoint": "checkpoint",
     "parse_scheme": "recipe",
     "plan_average": "plan",
+    "push_model": "pipeline",
     "recompute_bn": "pipeline",
     "recompute_bn_stats": "batchnorm",
 }
@@ -91,6 +104,8 @@ __all__ = [
     "CheckpointInfo",
     "CkptavgError",
     "ComparisonRow",
+    "HubError",
+    "HubRevision",
     "IncompatibleCheckpointsError",
     "MemoryBudgetError",
     "ModelError",
@@ -99,6 +114,7 @@ __all__ = [
     "OutputResult",
     "ProcessEndedError",
     "ProcessError",
+    "PushResult",
     "Recipe",
     "Scheme",
     "SourceError",
@@ -106,11 +122,13 @@ __all__ = [
     "UsageError",
     "__version__",
     "average_checkpoints",
+    "hub_revisions",
     "inspect_checkpoint",
     "model_from",
     "open_checkpoint",
     "parse_scheme",
     "plan_average",
+    "push_model",
     "recompute_bn",
     "recompute_bn_stats",
 ]

@@ -55,7 +55,7 @@ def build_model(batchnorm: BnPass, checkpoint: Checkpoint, device: str) -> nn.Mo
     if not isinstance(model, nn.Module):
         build = model
         if isinstance(model, ModelFromConfig):
-            build = partial(model.build, checkpoint.directory)
+            build = partial(model.build, _directory(checkpoint))
         with _user_code("building the model"), _on_device(device):
             model = build()  # type: ignore[operator]  # ModelFromConfig is gone
     if not isinstance(model, nn.Module):
@@ -66,6 +66,10 @@ def build_model(batchnorm: BnPass, checkpoint: Checkpoint, device: str) -> nn.Mo
     with _user_code("preparing the model"):
         check_names(model, checkpoint.tensors, checkpoint.label)
         return model.to(device)
+
+
+def _directory(checkpoint: Checkpoint) -> str | None:
+    return None if checkpoint.folder is None else str(checkpoint.folder.local_directory())
 
 
 def check_repeatable(batchnorm: BnPass, n_passes: int) -> None:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from ckptavg.checkpoint.directory import read_json
+from ckptavg.checkpoint.folder import read_local_json
 from ckptavg.errors import OutputError, UsageError
 from ckptavg.tensors import FileStamp
 
@@ -90,7 +90,7 @@ def _siblings(model: Path) -> object:
     """Return the names of the directories that were made along with a model, itself included."""
     if not model.is_dir():
         return None
-    told = read_json(model / PROVENANCE_NAME, str(model / PROVENANCE_NAME))
+    told = read_local_json(model / PROVENANCE_NAME)
     made = told.get("output") if told else None
     return made.get("siblings") if isinstance(made, dict) else None
 
@@ -108,7 +108,7 @@ def _left_by_earlier_runs(output: Path) -> int:
 
 def _written_names(output: Path) -> set[str]:
     """Return what the provenance in a directory says that ckptavg wrote there."""
-    told = read_json(output / PROVENANCE_NAME, str(output / PROVENANCE_NAME))
+    told = read_local_json(output / PROVENANCE_NAME)
     made = told.get("output") if told else None
     side_files = made.get("side_files") if isinstance(made, dict) else None
     if not isinstance(side_files, list):

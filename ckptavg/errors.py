@@ -7,6 +7,7 @@ The tree::
     ├── SourceError                   what was typed does not lead to checkpoints
     ├── CheckpointError               one checkpoint is broken, unsupported, or changed while read
     ├── IncompatibleCheckpointsError  each checkpoint is fine, but they cannot be averaged together
+    ├── HubError                      the Hub cannot be reached, or answers nonsense
     ├── MemoryBudgetError             the work does not fit the memory it may use
     ├── ProcessError                  another process of the same run failed
     │   └── ProcessEndedError         it ended, or was interrupted; the run can be continued
@@ -18,11 +19,25 @@ The tree::
 Every message is one line: what, where, expected, found, remedy.
 """
 
+import os
+import re
+
+_NO_TOKEN = "hf_***"
+_MIN_TOKEN_CHARACTERS = 6
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}|(?<=Bearer )\S+")
 _MAX_MESSAGE_CHARACTERS = 2000  # a hostile name can be megabytes long
 _MAX_ENDING_CHARACTERS = 200  # the end of a message says what to do
 _BIDI_AND_SEPARATORS = frozenset(
     "\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 )
+
+
+def without_token(text: str) -> str:
+    """Blank out the user's token for the Hub, and whatever else looks like one."""
+    own = os.environ.get("HF_TOKEN", "").strip()
+    if len(own) >= _MIN_TOKEN_CHARACTERS:
+        text = text.replace(own, _NO_TOKEN)
+    return _TOKEN.sub(_NO_TOKEN, text)
 
 
 def printable(text: str) -> str:
@@ -68,6 +83,10 @@ class CheckpointError(CkptavgError):
 
 class IncompatibleCheckpointsError(CkptavgError):
     """Each checkpoint can be read, but they cannot be averaged together."""
+
+
+class HubError(CkptavgError):
+    """The Hugging Face Hub cannot be reached, takes too long, or answers something else."""
 
 
 class MemoryBudgetError(CkptavgError):

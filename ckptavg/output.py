@@ -90,6 +90,8 @@ class OutputDirectory:
         self.notes: list[str] = []
         self._shown = output
         self._n_blocks = len(plan.blocks)
+        # hashes of what is streamed are known at its end only: half a run proves nothing
+        self._is_streamed = plan.is_streamed
         self._overwrite = overwrite
         self._rank = rank
         self._journal: Journal | None = None
@@ -322,7 +324,7 @@ class OutputDirectory:
 
     def _recover(self) -> bool:
         """Take over what an interrupted run of the same plan finished; tell whether it had."""
-        finished = read_journals(self.partial)
+        finished = {} if self._is_streamed else read_journals(self.partial)
         if not finished or not finished.keys() <= set(range(self._n_blocks)):
             return False
         if not all(model.reopen() for model in self.models):
@@ -384,7 +386,9 @@ class OutputDirectory:
         is_failure = error is None or (
             isinstance(error, Exception) and not isinstance(error, ProcessEndedError)
         )
-        can_continue = self._owns_partial and self._has_locks and not is_failure
+        can_continue = (
+            self._owns_partial and self._has_locks and not is_failure and not self._is_streamed
+        )
         finished = read_journals(self.partial) if can_continue else {}
         if error is None or not finished:
             self._abandon()

@@ -12,14 +12,15 @@ from pathlib import Path
 
 from ckptavg._version import __version__
 from ckptavg.average import DEFAULT_MEMORY_BUDGET_BYTES
-from ckptavg.checkpoint import open_checkpoint
 from ckptavg.errors import UsageError
+from ckptavg.hub import natural_order
 from ckptavg.memory import peak_device_bytes, peak_host_bytes
 from ckptavg.output import OutputDirectory
 from ckptavg.plan import DEFAULT_MAX_SHARD_BYTES
 from ckptavg.prepare import chosen_schemes
 from ckptavg.processes import joined_processes
 from ckptavg.provenance import weight_file_metadata
+from ckptavg.publishing import push_written
 from ckptavg.recipe import Accumulate, Buffers, OutputDType, Recipe, Scheme
 from ckptavg.results import (
     AverageResult,
@@ -27,10 +28,9 @@ from ckptavg.results import (
     CheckpointInfo,
     OutputResult,
     Progress,
-    Source,
     StageTimes,
 )
-from ckptavg.sources import expand_sources
+from ckptavg.sources import HubAccess, Source, expand_sources, open_source
 from ckptavg.steps import (
     average_together,
     enter_together,
@@ -40,11 +40,12 @@ from ckptavg.steps import (
     recompute_statistics,
     report_notes,
 )
+from ckptavg.tensors import HubRevision, PushResult
 
 
 def average_checkpoints(
     sources: Source | Sequence[Source],
-    output: Source,
+    output: str | Path,
     *,
     schemes: str | Scheme | Sequence[str | Scheme] = (),
     coefficients: Sequence[float] | None = None,
@@ -61,8 +62,10 @@ def average_checkpoints(
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     overwrite: bool = False,
     include_code: bool = True,
+    cache: bool = False,
     distributed: bool = False,
     progress: Progress | None = None,
+    command: str | None = None,
 ) -> AverageResult:
     """Average saved checkpoints into one safetensors model directory, or several at once.
 
@@ -71,7 +74,8 @@ def average_checkpoints(
     failed) is continued when it is called again with the same inputs and options.
 
     Args:
-        sources: Checkpoint files and directories, globs, ``{a..b..step}`` and ``{a,b}`` patterns.
+        sources: Checkpoint files and directories, globs, ``{a..b..step}`` and ``{a,b}`` patterns,
+            and revisions on the Hub such as ``org/name@step*`` (see ``expand_sources``).
             They are ordered by training step (or epoch) where all tell theirs, else as given.
         output: The model directory to make; with several schemes the directory of one model
             directory each.
@@ -91,11 +95,14 @@ def average_checkpoints(
         n_threads: Threads that read; None chooses by the machine.
         max_shard_bytes: Upper bound for an output file, unless one tensor is larger.
         overwrite: Replace an existing output, in one step at the end.
+        cache: Keep what comes from the Hub in the cache of huggingface_hub; else the bytes are
+            streamed and stored nowhere.
         include_code: Copy ``*.py`` files of the model directory; they are never run.
         distributed: Share the work with the other processes that torchrun started; all of them
             call this with the same arguments, and see the same file system.
         progress: Called as work gets done: stage (``average`` in bytes, ``batchnorm`` in samples),
             amount since the last call, total if known.
+        command: What to record as the command that made the output; tokens are blanked out.
 
     Raises:
         CkptavgError: One of its subclasses; see ``ckptavg.errors``. Nothing is published then,
@@ -122,6 +129,7 @@ def average_checkpoints(
             overwrite=overwrite,
             include_code=include_code,
             batchnorm=batchnorm,
+            cache=cache,
         )  # fmt: skip
         plan, workspace = prepared.plan, prepared.workspace
         directory = OutputDirectory(
@@ -142,7 +150,7 @@ def average_checkpoints(
         )  # fmt: skip
         publishing = time.perf_counter()
         processes.first(
-            lambda: finish(prepared, directory, averaged.differing, list(notes), outcomes)
+            lambda: finish(prepared, directory, averaged.differing, list(notes), outcomes, command)
         )
         publish_seconds = time.perf_counter() - publishing
     return AverageResult(
@@ -166,6 +174,7 @@ def average_checkpoints(
         resumed_nbytes=plan.read_nbytes_of(before),
         seconds=time.perf_counter() - started,
         average_seconds=average_seconds,
+        hub_nbytes=prepared.hub.fetched_nbytes,
         times=StageTimes(
             read_seconds=averaged.timings.read_seconds,
             arithmetic_seconds=averaged.timings.arithmetic_seconds,
@@ -180,7 +189,7 @@ def average_checkpoints(
 
 def recompute_bn(
     source: Source,
-    output: Source,
+    output: str | Path,
     batchnorm: BnPass,
     *,
     state_key: str | None = None,
@@ -191,8 +200,10 @@ def recompute_bn(
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     overwrite: bool = False,
     include_code: bool = True,
+    cache: bool = False,
     distributed: bool = False,
     progress: Progress | None = None,
+    command: str | None = None,
 ) -> AverageResult:
     """Recompute the BatchNorm statistics of one saved model; everything else stays bit for bit.
 
@@ -208,19 +219,21 @@ def recompute_bn(
         max_shard_bytes: Likewise.
         overwrite: Likewise.
         include_code: Likewise.
+        cache: Likewise.
         distributed: Likewise.
         progress: Likewise.
+        command: Likewise.
 
     Raises:
         UsageError: If the source is a pattern that names several checkpoints.
         CkptavgError: As ``average_checkpoints`` does.
     """
-    paths = expand_sources([source])
-    if len(paths) != 1:
-        raise UsageError(f"{source}: names {len(paths)} checkpoints, expected one model")
+    found = expand_sources(source)
+    if len(found) != 1:
+        raise UsageError(f"{source}: names {len(found)} checkpoints, expected one model")
     # the average of one checkpoint is that checkpoint
     return average_checkpoints(
-        paths,
+        found,
         output,
         allow_nonfinite=True,
         batchnorm=batchnorm,
@@ -232,18 +245,64 @@ def recompute_bn(
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
         include_code=include_code,
+        cache=cache,
         distributed=distributed,
         progress=progress,
+        command=command,
+    )
+
+
+def push_model(
+    directory: str | Path,
+    repo: str,
+    *,
+    revision: str | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    message: str | None = None,
+    card_text: str | None = None,
+) -> PushResult:
+    """Publish a model that ckptavg made on the Hub, with a model card, in one commit.
+
+    Pushing the same again makes no commit; pushing again after a failure sends what is missing.
+    A README.md in the directory is published as it is, with ``card_text`` at its end; else one is
+    made from the provenance.
+
+    Args:
+        directory: A model directory that ckptavg wrote.
+        repo: ``org/name``; made if it does not exist.
+        revision: Branch, made from main if it does not exist; None is main.
+        private: Whether a repository that is made now is private.
+        create_pr: Open a pull request instead of writing to the branch.
+        message: First line of the commit's message.
+        card_text: Markdown that the card ends with.
+
+    Raises:
+        UsageError: If the directory is not such a model, or there is no token.
+        SourceError: If the Hub denies access.
+        HubError: If the Hub cannot be reached, or refuses.
+    """
+    return push_written(
+        Path(directory),
+        repo,
+        revision=revision,
+        private=private,
+        create_pr=create_pr,
+        message=message,
+        card_text=card_text,
     )
 
 
 def inspect_checkpoint(source: Source, *, state_key: str | None = None) -> CheckpointInfo:
-    """Read the headers of one checkpoint.
+    """Read the headers of one checkpoint, local or on the Hub.
 
     Raises:
+        SourceError: If it is not there.
         CheckpointError: If it cannot be read.
+        HubError: If the Hub cannot be reached.
     """
-    checkpoint = open_checkpoint(source, state_key=state_key)
+    hub = HubAccess()
+    checkpoint = open_source(source, state_key=state_key, hub=hub)
     try:
         stored = [
             info
@@ -262,6 +321,24 @@ def inspect_checkpoint(source: Source, *, state_key: str | None = None) -> Check
             aliases=dict(checkpoint.aliases),
             metadata=dict(checkpoint.metadata),
             notes=tuple(checkpoint.notes),
+            hub=checkpoint.hub,
         )
     finally:
+        hub.cancel()
         checkpoint.close()
+
+
+def hub_revisions(repo: str) -> list[HubRevision]:
+    """List the branches and tags of a repository on the Hub, in the order of the numbers in them.
+
+    Args:
+        repo: ``org/name``.
+
+    Raises:
+        SourceError: If there is no such repository, or it may not be seen.
+        HubError: If the Hub cannot be reached.
+    """
+    revisions = HubAccess().connection.repository(repo).revisions
+    return [
+        HubRevision(repo, name, revisions[name]) for name in sorted(revisions, key=natural_order)
+    ]

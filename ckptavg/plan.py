@@ -22,6 +22,7 @@ from ckptavg.tensors import (
     FLOAT32,
     DType,
     FileStamp,
+    HubRevision,
     TensorInfo,
 )
 
@@ -64,7 +65,7 @@ class AveragePlan:
     Attributes:
         recipe: What was asked for.
         outputs: The averages to make.
-        labels, steps, epochs, files: The checkpoints, oldest first.
+        labels, steps, epochs, files, hubs: The checkpoints, oldest first.
         places: Their ``places_digest``.
         tensors: The output's tensors, in the order of the output.
         shards: The output's weight files.
@@ -79,6 +80,7 @@ class AveragePlan:
     steps: tuple[int | None, ...]
     epochs: tuple[int | None, ...]
     files: tuple[tuple[FileStamp, ...], ...]
+    hubs: tuple[HubRevision | None, ...]
     places: tuple[str, ...]
     tensors: tuple[TensorPlan, ...]
     shards: tuple[ShardPlan, ...]
@@ -109,6 +111,11 @@ class AveragePlan:
     def read_nbytes_of(self, blocks: Iterable[int]) -> int:
         """Bytes that some blocks read from all checkpoints together."""
         return sum(self.blocks[block].nbytes for block in blocks) * len(self.used_checkpoints)
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether any file is read from the Hub and stored nowhere."""
+        return any(stamp.digest for stamps in self.files for stamp in stamps)
 
     @property
     def n_checkpoints(self) -> int:
@@ -246,6 +253,7 @@ def plan_average(
         steps=tuple(checkpoint.step for checkpoint in checkpoints),
         epochs=tuple(checkpoint.epoch for checkpoint in checkpoints),
         files=tuple(tuple(checkpoint.files) for checkpoint in checkpoints),
+        hubs=tuple(checkpoint.hub for checkpoint in checkpoints),
         places=tuple(checkpoint.places_digest for checkpoint in checkpoints),
         tensors=tensors,
         shards=shards,

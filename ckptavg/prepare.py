@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,22 +14,36 @@ from ckptavg.average import (
     choose_device,
     size_workspace,
 )
-from ckptavg.checkpoint import Checkpoint, normalise_names, open_checkpoint
+from ckptavg.checkpoint import Checkpoint, normalise_names
 from ckptavg.destination import check_destination
-from ckptavg.errors import SourceError, UsageError
+from ckptavg.errors import CkptavgError, SourceError, UsageError
 from ckptavg.plan import DEFAULT_MAX_SHARD_BYTES, AveragePlan, plan_average
 from ckptavg.processes import Processes
 from ckptavg.provenance import earlier_provenance, last_averaged
 from ckptavg.recipe import Recipe, Scheme, parse_scheme
-from ckptavg.results import BnPass, Source
+from ckptavg.results import BnPass
 from ckptavg.side_files import SideFile, find_side_files
-from ckptavg.sources import close_all, open_sources, order_by_position
+from ckptavg.sources import (
+    HubAccess,
+    Source,
+    close_all,
+    open_source,
+    open_sources,
+    order_by_position,
+)
+from ckptavg.tensors import HubRevision
 
 if TYPE_CHECKING:
     from ckptavg.bn_pass import BnOutcome, LastCheckpoint
 
     # number and directory of an output, what messages call it, progress of a stage -> outcome
     RunBnPass = Callable[[int, Path, str, Callable[[str], Callable[[int], None]]], BnOutcome]
+
+
+_MAX_READ_AHEAD_BYTES = 192 * 2**20  # what is fetched before it is needed
+# what asks for bytes in order keeps up with any network: one thread that adds, or one a file that
+# feeds a GPU
+_MAX_STREAM_READERS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +58,7 @@ class Prepared:
     workspace: Workspace
     side_files: Sequence[Sequence[SideFile]]
     run_bn_pass: RunBnPass | None
+    hub: HubAccess
     state_key: str | None
     strip_prefixes: tuple[str, ...]
     notes: tuple[str, ...]
@@ -65,7 +80,7 @@ def chosen_schemes(
 @contextmanager
 def prepared_average(
     sources: Source | Sequence[Source],
-    output: Source,
+    output: str | Path,
     recipe: Recipe,
     *,
     state_key: str | None = None,
@@ -77,6 +92,7 @@ def prepared_average(
     overwrite: bool = False,
     include_code: bool = True,
     batchnorm: BnPass | None = None,
+    cache: bool = False,
     processes: Processes | None = None,
 ) -> Iterator[Prepared]:
     """Open the sources, decide everything from headers, and close them at the end.
@@ -91,7 +107,9 @@ def prepared_average(
     ):
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}, expected at least 1")
-    opened, notes = open_sources(sources, state_key=state_key)
+    hub = HubAccess(cache=cache, connections=n_threads)
+    with _telling_what_was_fetched(hub):
+        opened, notes = open_sources(sources, state_key=state_key, hub=hub)
     try:
         order = order_by_position(opened)
         if order != list(range(len(opened))):
@@ -100,10 +118,11 @@ def prepared_average(
         checkpoints, naming_notes = normalise_names(
             [opened[index] for index in order], strip_prefixes
         )
-        plan = plan_average(
-            checkpoints, recipe, max_shard_bytes=max_shard_bytes, notes=[*notes, *naming_notes]
-        )
-        workspace = size_workspace(
+        with _telling_what_was_fetched(hub):
+            plan = plan_average(
+                checkpoints, recipe, max_shard_bytes=max_shard_bytes, notes=[*notes, *naming_notes]
+            )
+        workspace = _workspace(
             plan,
             choose_device(
                 device,
@@ -111,6 +130,7 @@ def prepared_average(
                 runs_model=batchnorm is not None,
                 local_rank=processes.local_rank,
             ),
+            hub,
             memory_budget_bytes=memory_budget_bytes,
             n_threads=n_threads,
             local_size=processes.local_size,
@@ -119,13 +139,17 @@ def prepared_average(
             Path(output),
             overwrite=overwrite,
             needed_bytes=plan.write_nbytes,
-            inputs=[file for files in plan.files for file in files],
-            input_directories=[one.directory for one in checkpoints if one.directory],
+            inputs=[file for files in plan.files for file in files if not file.digest],
+            input_directories=[
+                str(one.folder.local_directory())
+                for one in checkpoints
+                if one.folder is not None and one.hub is None
+            ],
         )
         side_files, side_notes = [], dict[str, None]()
         for one in plan.outputs:
             files, found_notes = find_side_files(
-                checkpoints[one.row.used[-1]].directory, include_code=include_code
+                checkpoints[one.row.used[-1]].folder, include_code=include_code
             )
             side_files.append(files)
             side_notes.update(dict.fromkeys(found_notes))
@@ -141,15 +165,72 @@ def prepared_average(
                 workspace.device,
                 processes,
                 opened,
+                hub=hub,
                 state_key=state_key,
                 strip_prefixes=strip_prefixes,
             ),
             state_key=state_key,
             strip_prefixes=tuple(strip_prefixes),
-            notes=(*side_notes, *_batchnorm_due(plan, batchnorm)),
+            hub=hub,
+            notes=(*side_notes, *_batchnorm_due(plan, batchnorm), *_fetched(hub)),
         )
     finally:
+        hub.cancel()
         close_all(opened)
+
+
+def _workspace(
+    plan: AveragePlan,
+    device: str,
+    hub: HubAccess,
+    *,
+    memory_budget_bytes: int,
+    n_threads: int | None,
+    local_size: int,
+) -> Workspace:
+    """Share the memory between what is read ahead from the Hub and the engine."""
+    streamed = [
+        max((stamp.size for stamp in plan.files[index] if stamp.digest), default=0)
+        for index in plan.used_checkpoints
+    ]
+    n_streams = sum(map(bool, streamed))
+    reading_nbytes = 0
+    if n_streams:
+        most = min(memory_budget_bytes // 2, _MAX_READ_AHEAD_BYTES)
+        reading_nbytes = hub.connection.fit(most, n_streams, max(streamed))
+        if n_threads is None:
+            n_threads = 1 if device == "cpu" else min(n_streams, _MAX_STREAM_READERS)
+    workspace = size_workspace(
+        plan,
+        device,
+        memory_budget_bytes=memory_budget_bytes - reading_nbytes,
+        n_threads=n_threads,
+        local_size=local_size,
+    )
+    return replace(
+        workspace,
+        host_nbytes=workspace.host_nbytes + reading_nbytes,
+        max_host_nbytes=workspace.max_host_nbytes + reading_nbytes,
+    )
+
+
+@contextmanager
+def _telling_what_was_fetched(hub: HubAccess) -> Iterator[None]:
+    """Add to an error that no more than headers was fetched, where that is worth knowing."""
+    try:
+        yield
+    except CkptavgError as error:
+        for note in _fetched(hub):
+            error.add_note(note)
+        raise
+
+
+def _fetched(hub: HubAccess) -> list[str]:
+    return (
+        [f"{hub.fetched_nbytes} bytes of headers and lists were fetched from the Hub"]
+        if hub.fetched_nbytes
+        else []
+    )
 
 
 def _bn_pass(
@@ -199,6 +280,7 @@ def _last_checkpoint(
     checkpoints: Sequence[Checkpoint],
     opened: list[Checkpoint],
     *,
+    hub: HubAccess,
     state_key: str | None,
     strip_prefixes: Sequence[str],
 ) -> Checkpoint | None:
@@ -222,7 +304,7 @@ def _last_checkpoint(
         source = source or found.source
     if source is None:
         return None
-    opened.append(open_checkpoint(source, state_key=state_key))
+    opened.append(open_source(source, state_key=state_key, hub=hub))
     names = opened[-1].tensors
     there = [one for one in strip_prefixes if any(name.startswith(one) for name in names)]
     return normalise_names(opened[-1:], there)[0][0]
@@ -230,6 +312,8 @@ def _last_checkpoint(
 
 def _is_safetensors(source: Source) -> bool:
     """Tell whether a checkpoint has no entries to choose from."""
+    if isinstance(source, HubRevision):
+        return not source.path.endswith((".bin", ".pt", ".pth", ".ckpt"))
     path = Path(source)
     return path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors")))
 

@@ -2,17 +2,23 @@
 
 import json
 import math
+import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as package_version
 from typing import Any
 
 from ckptavg.blocks import Action
 from ckptavg.checkpoint import Checkpoint
-from ckptavg.checkpoint.directory import read_json
+from ckptavg.checkpoint.folder import read_json
 from ckptavg.destination import PROVENANCE_NAME
+from ckptavg.errors import without_token
+from ckptavg.hub import pinned_reference
 from ckptavg.plan import AveragePlan, OutputPlan
+from ckptavg.tensors import HubRevision
 
 FORMAT_VERSION = 1
 
@@ -51,6 +57,8 @@ def provenance(
     batchnorm: Mapping[str, Any] | None,
     metrics: Mapping[str, float] | None,
     comparison: Sequence[Mapping[str, Any]],
+    command: str | None,
+    inherited_card: str | None,
 ) -> bytes:
     """Return the JSON text of ``ckptavg.json`` for one output; it lists what went into that."""
     siblings = [other.name for other in plan.outputs]
@@ -60,17 +68,25 @@ def provenance(
     content = {
         "format_version": FORMAT_VERSION,
         "ckptavg_version": version,
+        "versions": _versions(),
+        "command": command and without_token(command),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "scheme": str(output.scheme),
         "n_sources": plan.n_checkpoints,
         "checkpoints": [
             {
                 "source": plan.labels[index],
+                "hub": _hub_json(plan.hubs[index]),
                 "step": plan.steps[index],
                 "epoch": plan.epochs[index],
                 "coefficient": output.row.coefficients[index],
                 "files": [
-                    {"path": file.path, "nbytes": file.size, "mtime_ns": file.mtime_ns}
+                    {
+                        "path": file.path,
+                        "nbytes": file.size,
+                        "mtime_ns": file.mtime_ns,
+                        "digest": file.digest or None,
+                    }
                     for file in plan.files[index]
                 ],
                 "made_by_ckptavg": derived_from[index],
@@ -90,6 +106,7 @@ def provenance(
             "siblings": sorted(siblings) if len(siblings) > 1 else [],
         },
         "device": device,
+        "inherited_card": inherited_card,
     }
     return (json_text(content) + "\n").encode("utf-8")
 
@@ -100,10 +117,7 @@ def earlier_provenance(checkpoint: Checkpoint) -> dict[str, Any] | None:
     Raises:
         CheckpointError: If its provenance is damaged.
     """
-    if checkpoint.directory is None:
-        return None
-    path = Path(checkpoint.directory) / PROVENANCE_NAME
-    return read_json(path, str(path))
+    return None if checkpoint.folder is None else read_json(checkpoint.folder, PROVENANCE_NAME)
 
 
 @dataclass(frozen=True)
@@ -111,8 +125,8 @@ class LastAveraged:
     """The last checkpoint that went into an average, as its provenance tells.
 
     Attributes:
-        source: What was given.
-        files: Path, size and modification time of each of its files.
+        source: What was given, or the reference to the commit on the Hub.
+        files: Path, size and modification time of each of its files, where they are local.
         state_key: The entry that held the weights; None for the usual one.
         strip_prefixes: What was removed from its tensors' names.
     """
@@ -134,9 +148,13 @@ def last_averaged(told: Mapping[str, Any] | None) -> LastAveraged | None:
         if told is None:
             return None
         last, recipe = told["checkpoints"][-1], told["recipe"]
+        hub = last.get("hub")
+        pinned = hub and pinned_reference(HubRevision(**hub))
         return LastAveraged(
-            source=str(last["source"]),
-            files=tuple(
+            source=pinned or str(last["source"]),
+            files=()
+            if pinned
+            else tuple(
                 (str(file["path"]), int(file["nbytes"]), int(file["mtime_ns"]))
                 for file in last["files"]
             ),
@@ -145,6 +163,19 @@ def last_averaged(told: Mapping[str, Any] | None) -> LastAveraged | None:
         )
     except (LookupError, TypeError, ValueError, AttributeError):  # of another version, or by hand
         return None
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of what the numbers depend on, without importing it."""
+    found = {"python": platform.python_version()}
+    for name in ("numpy", "torch"):
+        with suppress(PackageNotFoundError):
+            found[name] = package_version(name)
+    return found
+
+
+def _hub_json(found: HubRevision | None) -> dict[str, str] | None:
+    return None if found is None else found._asdict()
 
 
 def json_text(value: Any) -> str:

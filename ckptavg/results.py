@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.bn_options import BnOptions
 from ckptavg.errors import UsageError
-from ckptavg.tensors import FileStamp, TensorInfo
+from ckptavg.sources import Source
+from ckptavg.tensors import FileStamp, HubRevision, TensorInfo
 
 if TYPE_CHECKING:  # importing torch takes longer than averaging most models
     from torch import nn
@@ -18,7 +19,6 @@ if TYPE_CHECKING:  # importing torch takes longer than averaging most models
     from ckptavg.evaluate import Evaluate
     from ckptavg.model_zoo import ModelFromConfig
 
-Source = str | Path
 Progress = Callable[[str, int, int | None], None]  # stage, done since the last call, total
 
 
@@ -140,6 +140,7 @@ class AverageResult:
         n_processes: How many processes shared the work.
         device: Where the arithmetic ran (of the first process).
         read_nbytes, written_nbytes: Bytes of tensor data, of all processes together.
+        hub_nbytes: Bytes that the first process fetched from the Hub, lists and headers included.
         resumed_nbytes: How many of ``read_nbytes`` an interrupted run had read before.
         seconds: Wall time of everything; ``average_seconds`` of reading, averaging and writing.
         times: Where it went.
@@ -155,6 +156,7 @@ class AverageResult:
     device: str
     read_nbytes: int
     written_nbytes: int
+    hub_nbytes: int
     resumed_nbytes: int
     seconds: float
     average_seconds: float
@@ -166,7 +168,7 @@ class AverageResult:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
-    """What the headers of one checkpoint tell."""
+    """What the headers of one checkpoint tell; ``hub`` is its commit, where it is on the Hub."""
 
     source: str
     layout: str
@@ -179,3 +181,4 @@ class CheckpointInfo:
     aliases: Mapping[str, str]
     metadata: Mapping[str, str]
     notes: tuple[str, ...] = field(default=())
+    hub: HubRevision | None = None

@@ -9,24 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ckptavg.checkpoint.files import PositionalFile
+from ckptavg.checkpoint.folder import TEMPLATE_DIRECTORY, Folder, is_side_file
 from ckptavg.errors import CheckpointError
 from ckptavg.tensors import DType
 from ckptavg.writer import ModelWriter
 
+_CARD_NAME = "README.md"
+_MAX_CARD_BYTES = 2**20
+_FRONT_MATTER = re.compile(r"---\n(.*?)\n---(?:\n|$)", re.DOTALL)
 _MAX_SIDE_FILE_BYTES = 256 * 2**20
-_TEMPLATE_DIRECTORY = "additional_chat_templates"
-
-# weights in any format, training state, and what is written anew
-_LEFT_OUT = re.compile(
-    r"""
-    .*\.(safetensors|bin|pt|pth|ckpt|tar|gguf|ggml|onnx|onnx_data|h5|msgpack|distcp|npz|npy|pkl|pickle)
-    | .*\.index\.json
-    | consolidated.* | optimizer.* | scheduler.* | scaler.* | rng_state.* | random_states_.*
-    | trainer_state\.json | training_args\..* | events\.out\..* | latest | zero_to_fp32\.py
-    | README\.md | ckptavg\.json | \..*
-    """,
-    re.VERBOSE | re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +47,18 @@ def copy_side_files(
 
 
 def find_side_files(
-    directory: str | None, *, include_code: bool
+    folder: Folder | None, *, include_code: bool
 ) -> tuple[list[SideFile], list[str]]:
     """Choose what to copy from a model directory; a single file (None) brings nothing.
 
     Returns:
         The files, sorted by name, and notes on code that is among them or was left out.
     """
-    if directory is None:
+    if folder is None:
         return [], []
-    root = Path(directory)
-    candidates = [entry for entry in root.iterdir() if not _LEFT_OUT.fullmatch(entry.name)]
-    templates = root / _TEMPLATE_DIRECTORY
+    root = folder.local_directory()
+    candidates = [entry for entry in root.iterdir() if is_side_file(entry.name)]
+    templates = root / TEMPLATE_DIRECTORY
     if templates.is_dir():
         candidates.extend(templates.glob("*.jinja"))
     files, code, notes = [], [], []
@@ -112,6 +103,25 @@ def read_side_file(file: SideFile, *, output_dtype: DType | None) -> bytes:
     except ValueError as error:
         raise CheckpointError(f"{file.path}: is not valid JSON") from error
     return (json.dumps(_with_dtype(config, output_dtype.name), indent=2) + "\n").encode("utf-8")
+
+
+def inherited_front_matter(folder: Folder | None) -> str | None:
+    """Return the front matter of the model card in a folder, as it stands there; None without one.
+
+    Raises:
+        CheckpointError: If the card cannot be read.
+    """
+    if folder is None or not folder.has(_CARD_NAME) or folder.is_folder(_CARD_NAME):
+        return None
+    file = folder.open(_CARD_NAME, f"{folder.label}/{_CARD_NAME}")
+    try:
+        if file.size > _MAX_CARD_BYTES:
+            return None
+        text = file.read(0, file.size).decode("utf-8", "replace").replace("\r\n", "\n")
+    finally:
+        file.close()
+    match = _FRONT_MATTER.match(text)
+    return match[1] if match else None
 
 
 def _with_dtype(config: Any, name: str) -> Any:

@@ -5,58 +5,108 @@ import glob
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ckptavg.checkpoint import Checkpoint, open_checkpoint
-from ckptavg.errors import SourceError
+from ckptavg.checkpoint import Checkpoint, open_checkpoint, open_hub_checkpoint
+from ckptavg.errors import HubError, SourceError
+from ckptavg.hub import SCHEME, HubReference, natural_order, parse_reference
+from ckptavg.tensors import HubRevision
+
+if TYPE_CHECKING:  # importing huggingface_hub takes longer than averaging many models
+    from ckptavg.hub.connection import HubConnection
+
+Source = str | Path | HubRevision
 
 _NUMBER_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
-_HUB_REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}(@\S+)?")
 _MAX_EXPANSION = 100_000
 
 
-def expand_sources(sources: str | Path | Sequence[str | Path]) -> list[str]:
-    """Return the paths that sources stand for, in the order typed.
+class HubAccess:
+    """A connection to the Hub that is made once something there is named."""
+
+    def __init__(self, *, cache: bool = False, connections: int | None = None) -> None:
+        """Ask nothing yet; arguments as of ``HubConnection``."""
+        self._cache = cache
+        self._connections = connections
+
+    @cached_property
+    def connection(self) -> "HubConnection":
+        """The connection; made now if it was not yet."""
+        from ckptavg.hub.connection import HubConnection
+
+        return HubConnection(cache=self._cache, connections=self._connections)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether it was made."""
+        return "connection" in self.__dict__
+
+    @property
+    def fetched_nbytes(self) -> int:
+        """Bytes that were fetched through it."""
+        return self.connection.fetched_nbytes if self.is_used else 0
+
+    def cancel(self) -> None:
+        """Make everything that waits for the Hub fail soon."""
+        if self.is_used:
+            self.connection.cancel()
+
+
+def expand_sources(
+    sources: Source | Sequence[Source], hub: HubAccess | None = None
+) -> list[str | HubRevision]:
+    """Return the paths and the revisions on the Hub that sources stand for, in the order typed.
 
     ``{a..b..step}`` and ``{a,b,c}`` are expanded as a shell would; ``*``, ``?`` and ``[...]``
-    match existing paths, numbers in names compared as numbers. A path that exists as it is
-    written is never expanded.
+    match existing paths, or branches and tags, numbers in names compared as numbers. A path that
+    exists as it is written is never expanded. ``org/name@revision`` and ``hf://org/name`` are on
+    the Hub, whatever is there locally (``./org/name@revision`` is a path); ``org/name`` is, where
+    there is no directory ``org``.
 
     Raises:
-        SourceError: If nothing is named, a pattern matches nothing, or a path does not exist.
+        SourceError: If nothing is named, a pattern matches nothing, or something is not there.
+        HubError: If the Hub cannot be asked.
     """
-    if isinstance(sources, (str, os.PathLike)):
+    if isinstance(sources, (str, os.PathLike, HubRevision)):
         sources = [sources]
     if not sources:
         raise SourceError("no checkpoints were named")
-    paths: list[str] = []
+    hub = hub or HubAccess()
+    found: list[str | HubRevision] = []
     for source in sources:
+        if isinstance(source, HubRevision):
+            found.append(source)
+            continue
         text = os.fspath(source)
-        if os.path.lexists(text):
-            paths.append(text)
+        may_be_on_hub = isinstance(source, str)
+        if os.path.lexists(text) and not (may_be_on_hub and _hub_reference(text)):
+            found.append(text)
             continue
         for pattern in _expand_braces(text):
-            if os.path.lexists(pattern) or not _GLOB_CHARACTERS.search(pattern):
-                paths.append(pattern)
+            reference = _hub_reference(pattern) if may_be_on_hub else None
+            if reference is not None:
+                found.extend(_find_on_hub(reference, pattern, hub))
             else:
-                matches = sorted(glob.glob(pattern), key=_natural_order)
-                if not matches:
-                    raise SourceError(f"{text}: matches nothing")
-                paths.extend(matches)
-            if len(paths) > _MAX_EXPANSION:
+                found.extend(_expand_glob(pattern, text))
+            if len(found) > _MAX_EXPANSION:
                 raise SourceError(f"{text}: names more than {_MAX_EXPANSION} checkpoints")
-    for path in paths:
-        if not os.path.exists(path):
-            raise SourceError(_missing(path))
-    return paths
+    for one in found:
+        if isinstance(one, str) and not os.path.exists(one):
+            raise SourceError(_missing(one))
+    return found
 
 
 def open_sources(
-    sources: str | Path | Sequence[str | Path], *, state_key: str | None = None
+    sources: Source | Sequence[Source],
+    *,
+    state_key: str | None = None,
+    hub: HubAccess | None = None,
 ) -> tuple[list[Checkpoint], list[str]]:
-    """Open what the sources stand for, in the order typed.
+    """Open what the sources stand for, in the order typed; those on the Hub several at once.
 
     Returns:
         The checkpoints, and what a user should know about how they were found.
@@ -64,15 +114,47 @@ def open_sources(
     Raises:
         SourceError: If a source leads nowhere.
         CheckpointError: If one cannot be read. Those opened before it are closed.
+        HubError: If the Hub cannot be reached.
     """
-    checkpoints: list[Checkpoint] = []
+    hub = hub or HubAccess()
+    found = expand_sources(sources, hub)
+    opened: list[Checkpoint | None] = [None] * len(found)
+
+    def open_one(index: int) -> None:
+        opened[index] = open_source(found[index], state_key=state_key, hub=hub)
+
+    on_hub = [index for index, one in enumerate(found) if isinstance(one, HubRevision)]
     try:
-        for path in expand_sources(sources):
-            checkpoints.append(open_checkpoint(path, state_key=state_key))
+        if on_hub:
+            hub.connection.map(open_one, on_hub)
+        for index, one in enumerate(found):
+            if isinstance(one, str):
+                open_one(index)
     except BaseException:
-        close_all(checkpoints)
+        close_all([one for one in opened if one is not None])
         raise
+    checkpoints = [one for one in opened if one is not None]
     return checkpoints, _duplicates(checkpoints)
+
+
+def open_source(
+    source: str | Path | HubRevision, *, state_key: str | None, hub: HubAccess
+) -> Checkpoint:
+    """Open one checkpoint, local or on the Hub.
+
+    Raises:
+        SourceError: If it is not there, or names several.
+        CheckpointError: If it cannot be read.
+        HubError: If the Hub cannot be reached.
+    """
+    if isinstance(source, str) and _hub_reference(source):
+        found = expand_sources(source, hub)
+        if len(found) != 1:
+            raise SourceError(f"{source}: names {len(found)} checkpoints, expected one")
+        (source,) = found
+    if isinstance(source, HubRevision):
+        return open_hub_checkpoint(source, hub.connection, state_key=state_key)
+    return open_checkpoint(source, state_key=state_key)
 
 
 def order_by_position(checkpoints: Sequence[Checkpoint]) -> list[int]:
@@ -98,6 +180,44 @@ def close_all(checkpoints: Sequence[Checkpoint]) -> None:
     """Close the files of all checkpoints."""
     for checkpoint in checkpoints:
         checkpoint.close()
+
+
+def hub_repository(text: str) -> str | None:
+    """Return ``org/name`` if the text names a whole repository on the Hub; None if it does not."""
+    reference = _hub_reference(text)
+    if reference is None or reference.has_revision or reference.path:
+        return None
+    return reference.repo
+
+
+def _hub_reference(text: str) -> HubReference | None:
+    """Take a reference to the Hub apart; None if the text is a local path."""
+    reference = parse_reference(text)
+    if text.startswith(SCHEME) and reference is None:
+        raise SourceError(f"{text}: is not of the form {SCHEME}org/name@revision/folder")
+    if reference is None or text.startswith(SCHEME) or reference.has_revision:
+        return reference
+    return None if os.path.lexists(text.partition("/")[0]) else reference
+
+
+def _find_on_hub(reference: HubReference, typed: str, hub: HubAccess) -> list[HubRevision]:
+    try:
+        return hub.connection.find(reference)
+    except (SourceError, HubError) as error:
+        if os.path.lexists(typed):
+            error.add_note(f"for the local path write ./{typed}")
+        elif not typed.startswith(SCHEME) and not reference.has_revision:
+            error.add_note(f"there is no local {typed} either")
+        raise
+
+
+def _expand_glob(pattern: str, text: str) -> list[str]:
+    if os.path.lexists(pattern) or not _GLOB_CHARACTERS.search(pattern):
+        return [pattern]
+    matches = sorted(glob.glob(pattern), key=natural_order)
+    if not matches:
+        raise SourceError(f"{text}: matches nothing")
+    return matches
 
 
 def _expand_braces(text: str, start: int = 0) -> Iterator[str]:
@@ -148,11 +268,6 @@ def _number_range(match: re.Match[str], text: str) -> list[str]:
     return [f"{'-' if number < 0 else ''}{abs(number):0{width}d}" for number in numbers]
 
 
-def _natural_order(path: str) -> list[tuple[int, str]]:
-    parts = re.split(r"(\d+)", path)
-    return [(int(part), "") if index % 2 else (-1, part) for index, part in enumerate(parts)]
-
-
 def _missing(path: str) -> str:
     if os.path.islink(path):
         return f"{path}: is a symbolic link that leads nowhere"
@@ -163,19 +278,27 @@ def _missing(path: str) -> str:
         siblings = []
     near = difflib.get_close_matches(Path(path).name, siblings, n=1)
     hint = f"; did you mean {parent / near[0]}?" if near else ""
-    if path.startswith("hf://") or (not siblings and _HUB_REPOSITORY.fullmatch(path)):
-        hint = "; repositories on the Hub are not read yet: download the revision first"
     return f"{path}: no such file or directory{hint}"
 
 
 def _duplicates(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    seen: dict[tuple[tuple[int, int], ...], str] = {}
-    notes = []
+    """Say which checkpoints are the same, and which hold some of the same files."""
+    seen: dict[tuple[tuple[int, int] | str, ...], str] = {}
+    holders: dict[tuple[int, int] | str, str] = {}
+    notes, shared = [], list[tuple[str, str]]()
     for checkpoint in checkpoints:
-        identity = tuple((file.device, file.inode) for file in checkpoint.files)
+        identity = tuple(file.identity for file in checkpoint.files)
         if identity in seen:
             notes.append(
                 f"{checkpoint.label} is the same checkpoint as {seen[identity]}: it counts twice"
             )
-        seen.setdefault(identity, checkpoint.label)
+            continue
+        seen[identity] = checkpoint.label
+        others = {holders[one] for one in identity if one in holders}
+        shared += [(checkpoint.label, other) for other in sorted(others)]
+        holders |= dict.fromkeys(identity, checkpoint.label)
+    if shared:
+        one, other = shared[0]
+        more = f", as do {len(shared) - 1} more pairs" if len(shared) > 1 else ""
+        notes.append(f"{one} and {other} have weight files in common{more}: were they trained?")
     return notes

@@ -17,8 +17,9 @@ from ckptavg.prepare import Prepared, prepared_average
 from ckptavg.processes import Processes
 from ckptavg.provenance import earlier_provenance, provenance
 from ckptavg.recipe import Recipe
-from ckptavg.results import BnPass, Progress, Source
-from ckptavg.side_files import copy_side_files
+from ckptavg.results import BnPass, Progress
+from ckptavg.side_files import copy_side_files, inherited_front_matter
+from ckptavg.sources import Source
 
 if TYPE_CHECKING:
     from ckptavg.batchnorm import BnReport
@@ -101,6 +102,8 @@ def average_together(
         )
         for checkpoint in prepared.checkpoints:
             checkpoint.check_unchanged()
+        for index in processes.share(list(plan.used_checkpoints)):
+            prepared.checkpoints[index].verify()
         if processes.size > processes.local_size:  # what other hosts wrote must reach the storage
             directory.sync()
         found = sorted(set().union(*directory.finished.values()))
@@ -160,6 +163,7 @@ def finish(
     differing: Sequence[Sequence[str]],
     notes: Sequence[str],
     outcomes: Sequence[BnOutcome | None],
+    command: str | None,
 ) -> None:
     """Add what belongs beside the weights, and publish."""
     plan = prepared.plan
@@ -183,6 +187,10 @@ def finish(
                 derived_from=derived_from,
                 batchnorm=None if outcome is None else asdict(outcome.report),
                 metrics=None if outcome is None else outcome.metrics,
+                command=command,
+                inherited_card=inherited_front_matter(
+                    prepared.checkpoints[one.row.used[-1]].folder
+                ),
                 comparison=() if outcome is None else [asdict(row) for row in outcome.comparison],
             ),
         )

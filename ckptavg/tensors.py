@@ -101,7 +101,8 @@ class Piece(NamedTuple):
 class FileStamp(NamedTuple):
     """What identifies one input file's content without reading it.
 
-    ``mtime_ns`` is nanoseconds since the epoch; ``size`` is bytes.
+    ``mtime_ns`` is nanoseconds since the epoch; ``size`` is bytes; ``digest`` is what the Hub
+    tells of a file's content, as ``sha256:...`` or ``git-sha1:...``, and empty for local files.
     """
 
     path: str
@@ -109,3 +110,46 @@ class FileStamp(NamedTuple):
     inode: int
     size: int
     mtime_ns: int
+    digest: str = ""
+
+    @property
+    def identity(self) -> tuple[int, int] | str:
+        """What two names of one content have in common."""
+        return self.digest or (self.device, self.inode)
+
+
+class HubRevision(NamedTuple):
+    """A model on the Hub, at one commit.
+
+    Attributes:
+        repo: ``org/name``.
+        revision: What was asked for: a branch, a tag, ``main~3`` or a commit.
+        commit: The full commit SHA it stands for.
+        path: Folder or file in the repository; empty for its root.
+        title: First line of the commit's message, where it was looked up.
+    """
+
+    repo: str
+    revision: str
+    commit: str
+    path: str = ""
+    title: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushResult:
+    """What is on the Hub now.
+
+    Attributes:
+        repo: ``org/name``.
+        revision: The branch; for a pull request its reference, such as ``refs/pr/1``.
+        commit: The full SHA of its last commit.
+        url: Where to look at it.
+        changed: Whether a commit was made; False if all was there already.
+    """
+
+    repo: str
+    revision: str
+    commit: str
+    url: str
+    changed: bool

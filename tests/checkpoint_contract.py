@@ -172,7 +172,7 @@ class CheckpointContract:
     ) -> None:
         stamp = {file.path: file for file in checkpoint.files}[str(self.data_file(path))]
         status = self.data_file(path).stat()
-        assert stamp[1:] == (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        assert stamp[1:5] == (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
     def test_a_file_cut_short_after_opening_is_an_error_not_a_crash(
         self, checkpoint: Checkpoint, path: Path

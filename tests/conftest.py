@@ -26,6 +26,8 @@ FORMATS = ("safetensors", "sharded safetensors", "torch", "sharded torch")
 
 MakeCheckpoint = Callable[..., Path]
 
+pytest_plugins = ["hub_fixtures"]
+
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:

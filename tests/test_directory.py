@@ -119,7 +119,9 @@ def open_descriptors() -> int:
 
 
 def test_the_directory_is_named_for_its_side_files(sharded: Path) -> None:
-    assert open_checkpoint(sharded).directory == str(sharded)
+    folder = open_checkpoint(sharded).folder
+    assert folder is not None
+    assert folder.local_directory() == sharded
 
 
 def test_a_single_file_of_another_name_is_taken_when_it_is_alone(tmp_path: Path) -> None:

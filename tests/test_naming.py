@@ -128,5 +128,5 @@ def test_everything_else_is_passed_on(tmp_path: Path) -> None:
     save_file({"module.a": torch.ones(2)}, directory / "model.safetensors")
     checkpoint = open_checkpoint(directory)
     (renamed,), _ = normalise_names([checkpoint])
-    for attribute in ("label", "layout", "step", "epoch", "notes", "files", "directory"):
+    for attribute in ("label", "layout", "step", "epoch", "notes", "files", "folder", "hub"):
         assert getattr(renamed, attribute) == getattr(checkpoint, attribute)

@@ -428,6 +428,7 @@ def test_provenance_tells_how_the_output_was_made(tmp_path: Path) -> None:
             "path": str(paths[0]),
             "nbytes": paths[0].stat().st_size,
             "mtime_ns": paths[0].stat().st_mtime_ns,
+            "digest": None,
         }
     ]
     assert told["recipe"]["dtype"] == "bfloat16"

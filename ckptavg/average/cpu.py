@@ -81,7 +81,7 @@ def average_on_cpu(job: Job, workspace: Workspace) -> Timings:
         OutputError: If a sink cannot write.
     """
     crew = _Crew(job, workspace)
-    run_threads([crew.work] * workspace.max_threads, stop=crew.stop)
+    run_threads([crew.work] * workspace.max_threads, stop=crew.abort)
     return crew.timings
 
 
@@ -103,6 +103,11 @@ class _Crew:
     def stop(self) -> None:
         self._chunks.stop()
         self._may_begin.release(self._max_threads)
+
+    def abort(self) -> None:
+        """Stop, and let nobody wait for a network any more."""
+        self.stop()
+        self._job.cancel()
 
     @np.errstate(all="ignore")  # what is not finite is found in the output
     def work(self) -> None:

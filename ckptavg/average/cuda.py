@@ -228,7 +228,7 @@ class _Pipeline:
         writers = [self._write] * self._n_writers
         functions = [self._quietly(one) for one in (self._compute, *readers, *writers)]
         try:
-            run_threads(functions, stop=self._stop.set)
+            run_threads(functions, stop=self._abort)
         finally:
             with suppress(RuntimeError):  # all results have arrived, or an error is on its way
                 torch.cuda.synchronize(self._device)  # nothing copies any more
@@ -361,6 +361,10 @@ class _Pipeline:
             with suppress(Empty):
                 return queue.get(timeout=_POLL_SECONDS)
         raise _StoppedError
+
+    def _abort(self) -> None:
+        self._stop.set()
+        self._job.cancel()
 
     def _quietly(self, function: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:

@@ -97,6 +97,11 @@ class Job:
         """Cut the blocks into chunks; see ``AveragePlan.chunks``."""
         return self.plan.chunks(max_nbytes, self.blocks)
 
+    def cancel(self) -> None:
+        """Make reads that wait for a network fail soon."""
+        for checkpoint in self.checkpoints:
+            checkpoint.cancel()
+
     def write(self, row: int, chunk: Chunk, data: memoryview) -> None:
         """Write a finished chunk of one output, under every name it has."""
         for shard, offset in chunk.destinations:

@@ -2,22 +2,37 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckptavg.checkpoint.directory import open_directory
 from ckptavg.checkpoint.files import PositionalFile
+from ckptavg.checkpoint.folder import LocalFolder
 from ckptavg.checkpoint.formats import open_file
+from ckptavg.checkpoint.hub_folder import HubFolder, names_a_file, open_hub_weights
 from ckptavg.checkpoint.naming import normalise_names
 from ckptavg.checkpoint.position import position_from_name
 from ckptavg.checkpoint.protocol import READ_SCRATCH_BYTES, Checkpoint
+from ckptavg.checkpoint.stored import StoredCheckpoint
 from ckptavg.errors import CheckpointError
+from ckptavg.hub import reference_text
+from ckptavg.tensors import HubRevision
 
-__all__ = ["READ_SCRATCH_BYTES", "Checkpoint", "normalise_names", "open_checkpoint"]
+if TYPE_CHECKING:  # importing huggingface_hub takes longer than averaging many models
+    from ckptavg.hub.connection import HubConnection
+
+__all__ = [
+    "READ_SCRATCH_BYTES",
+    "Checkpoint",
+    "normalise_names",
+    "open_checkpoint",
+    "open_hub_checkpoint",
+]
 
 
 def open_checkpoint(
     source: str | Path, *, state_key: str | None = None, label: str | None = None
 ) -> Checkpoint:
-    """Open one checkpoint: a file or a model directory.
+    """Open one local checkpoint: a file or a model directory.
 
     Reads and checks headers, indexes and pickles; touches no tensor data and runs no code from
     the checkpoint.
@@ -39,13 +54,41 @@ def open_checkpoint(
     except OSError as error:  # a name that is too long, a folder that may not be entered
         raise CheckpointError(f"{label}: cannot be opened: {error.strerror}") from error
     if is_directory:
-        checkpoint = open_directory(path, label=label, state_key=state_key)
+        checkpoint = open_directory(LocalFolder(path, label), state_key=state_key)
     else:
         checkpoint = open_file(PositionalFile(path, label), state_key=state_key)
-    named = position_from_name(str(path))
-    # metadata written by the trainer wins over names
-    return replace(
-        checkpoint,
-        step=named.step if checkpoint.step is None else checkpoint.step,
-        epoch=named.epoch if checkpoint.epoch is None else checkpoint.epoch,
-    )
+    return _placed(checkpoint, str(path))
+
+
+def open_hub_checkpoint(
+    found: HubRevision, connection: "HubConnection", *, state_key: str | None = None
+) -> Checkpoint:
+    """Open a revision on the Hub, or a folder or file in it, as ``open_checkpoint`` does.
+
+    Raises:
+        CheckpointError: If it is broken, hostile, or of an unsupported layout.
+        SourceError: If the path is not there.
+        HubError: If the Hub cannot be reached.
+    """
+    label = reference_text(found.repo, found.revision, found.path)
+    if names_a_file(found):
+        file = open_hub_weights(found, connection, label)
+        checkpoint = open_file(file, state_key=state_key)
+        checkpoint.revision = found
+    else:
+        checkpoint = open_directory(HubFolder(found, connection), state_key=state_key)
+    checkpoint.connection = connection
+    return _placed(checkpoint, f"{found.revision}/{found.path}".rstrip("/"), found.title)
+
+
+def _placed(checkpoint: StoredCheckpoint, *names: str) -> StoredCheckpoint:
+    """Fill in what the names of a checkpoint tell of its place in training."""
+    for name in names:
+        told = position_from_name(name)
+        # metadata written by the trainer wins over names
+        checkpoint = replace(
+            checkpoint,
+            step=told.step if checkpoint.step is None else checkpoint.step,
+            epoch=told.epoch if checkpoint.epoch is None else checkpoint.epoch,
+        )
+    return checkpoint

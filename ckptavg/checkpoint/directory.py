@@ -1,11 +1,9 @@
 """Model directories in the Hugging Face layouts: one weight file, or shards and an index."""
 
-import json
-import os
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from pathlib import PurePath, PurePosixPath, PureWindowsPath
 
-from ckptavg.checkpoint.files import PositionalFile
+from ckptavg.checkpoint.files import ReadableFile
+from ckptavg.checkpoint.folder import Folder, read_json
 from ckptavg.checkpoint.formats import open_file
 from ckptavg.checkpoint.stored import Place, StoredCheckpoint
 from ckptavg.errors import CheckpointError
@@ -15,7 +13,6 @@ _INDEXED = (
     ("model.safetensors.index.json", "model.safetensors", "sharded safetensors directory"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin", "sharded torch directory"),
 )
-_MAX_JSON_BYTES = 100_000_000
 _MAX_SHARDS = 10_000
 _TIED_INPUT_SUFFIXES = (
     "embed_tokens.weight",
@@ -26,20 +23,21 @@ _TIED_INPUT_SUFFIXES = (
 _TIED_OUTPUT = "lm_head.weight"
 
 
-def open_directory(path: Path, *, label: str, state_key: str | None) -> StoredCheckpoint:
-    """Open a model directory.
+def open_directory(folder: Folder, *, state_key: str | None) -> StoredCheckpoint:
+    """Open a model directory, local or on the Hub.
 
     Raises:
         CheckpointError: If it holds no weights in a known layout, or more than one set of them.
     """
+    label = folder.label
     try:
-        checkpoint = _open_weights(path, label, state_key)
+        checkpoint = _open_weights(folder, state_key)
     except OSError as error:  # listing it failed; files have errors of their own
         raise CheckpointError(f"{label}: cannot be read: {error.strerror}") from error
     try:
-        checkpoint.directory = str(path)
-        checkpoint.aliases = {**checkpoint.aliases, **_tied_by_config(path, label, checkpoint)}
-        state = read_json(path / "trainer_state.json", f"{label}/trainer_state.json")
+        checkpoint.folder = folder
+        checkpoint.aliases = {**checkpoint.aliases, **_tied_by_config(folder, checkpoint)}
+        state = read_json(folder, "trainer_state.json")
     except BaseException:
         checkpoint.close()
         raise
@@ -48,105 +46,87 @@ def open_directory(path: Path, *, label: str, state_key: str | None) -> StoredCh
     return checkpoint
 
 
-def read_json(path: Path, label: str) -> dict[str, Any] | None:
-    """Return the JSON object in a file, or None if there is no such file.
-
-    Raises:
-        CheckpointError: If it is not a JSON object, or unreasonably large.
-    """
-    if not os.path.lexists(path):
-        return None
-    file = PositionalFile(path, label)
-    try:
-        if file.size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{label}: has {file.size} bytes, too many for a JSON side file")
-        value = json.loads(file.read(0, file.size).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{label}: is not valid JSON") from error
-    finally:
-        file.close()
-    if type(value) is not dict:
-        raise CheckpointError(f"{label}: is not a JSON object")
-    return value
-
-
-def _open_weights(path: Path, label: str, state_key: str | None) -> StoredCheckpoint:
+def _open_weights(folder: Folder, state_key: str | None) -> StoredCheckpoint:
+    label = folder.label
     for index_name, single_name, layout in _INDEXED:
         # a link that leads nowhere is there, too: to pass over it would be to guess
-        has_index, has_single = map(os.path.lexists, (path / index_name, path / single_name))
+        has_index, has_single = folder.has(index_name), folder.has(single_name)
         if has_index and has_single:
             raise CheckpointError(
                 f"{label}: holds both {single_name} and {index_name}; remove the stale one, "
                 "or name the file itself"
             )
         if has_index:
-            return _open_sharded(path, index_name, label=label, layout=layout, state_key=state_key)
+            return _open_sharded(folder, index_name, layout=layout, state_key=state_key)
         if has_single:
-            return _open_single(path / single_name, label, state_key)
-    if os.path.lexists(path / ".metadata"):
+            return _open_single(folder, single_name, state_key)
+    if folder.has(".metadata"):
         raise CheckpointError(
             f"{label}: is a torch.distributed.checkpoint directory, which is not read yet; convert "
             "it with: python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
         )
-    if os.path.lexists(path / "adapter_config.json"):
+    if folder.has("adapter_config.json"):
         raise CheckpointError(
             f"{label}: holds a LoRA adapter; the mean of its factors is not the mean of their "
             "product, so adapters are not averaged; merge them into the base model first"
         )
-    others = sorted(entry.name for entry in path.glob("*.safetensors"))
+    others = [name for name in folder.names() if name.endswith(".safetensors")]
     if len(others) == 1:
-        return _open_single(path / others[0], label, state_key)
+        return _open_single(folder, others[0], state_key)
     if others:
         raise CheckpointError(
             f"{label}: holds {len(others)} safetensors files ({', '.join(others[:3])}, ...) and no "
             "model.safetensors.index.json; name the file itself"
         )
-    raise CheckpointError(f"{label}: holds no weights{_inside_hint(path, label)}")
+    raise CheckpointError(f"{label}: holds no weights{_inside_hint(folder)}")
 
 
-def _inside_hint(path: Path, label: str) -> str:
+def _inside_hint(folder: Folder) -> str:
     """Say what a directory without weights does hold, so that the user can name it."""
-    inside = sorted(
-        entry.name
-        for entry in path.iterdir()
-        if (entry.is_dir() and any(map(entry.name.lower().__contains__, ("checkpoint", "step"))))
-        or entry.suffix in (".pt", ".pth", ".ckpt", ".bin", ".tar")
-    )
+    inside = [
+        name
+        for name in folder.names()
+        if PurePath(name).suffix in (".pt", ".pth", ".ckpt", ".bin", ".tar")
+        or (any(map(name.lower().__contains__, ("checkpoint", "step"))) and folder.is_folder(name))
+    ]
     if not inside:
         return " (looked for model.safetensors, pytorch_model.bin and their sharded forms)"
-    common = inside[0].rstrip("0123456789") if (path / inside[0]).is_dir() else ""
-    pattern = f"{common}*" if common else f"*{Path(inside[0]).suffix}"
-    return f" itself, but {len(inside)} checkpoints; name them, for example: {label}/{pattern}"
+    common = inside[0].rstrip("0123456789") if folder.is_folder(inside[0]) else ""
+    pattern = f"{common}*" if common else f"*{PurePath(inside[0]).suffix}"
+    return (
+        f" itself, but {len(inside)} checkpoints; name them, for example: {folder.label}/{pattern}"
+    )
 
 
-def _open_single(path: Path, label: str, state_key: str | None) -> StoredCheckpoint:
-    checkpoint = open_file(PositionalFile(path, f"{label}/{path.name}"), state_key=state_key)
-    checkpoint.label = label
+def _open_single(folder: Folder, name: str, state_key: str | None) -> StoredCheckpoint:
+    file = folder.open(name, f"{folder.label}/{name}")
+    checkpoint = open_file(file, state_key=state_key)
+    checkpoint.label = folder.label
     checkpoint.layout = checkpoint.layout.replace("file", "directory")
     return checkpoint
 
 
 def _open_sharded(
-    path: Path, index_name: str, *, label: str, layout: str, state_key: str | None
+    folder: Folder, index_name: str, *, layout: str, state_key: str | None
 ) -> StoredCheckpoint:
+    label = folder.label
     index_label = f"{label}/{index_name}"
-    names_by_shard = _read_index(path / index_name, index_label)
+    names_by_shard = _read_index(folder, index_name, index_label)
     all_names = set[str]().union(*names_by_shard.values())
     tensors: dict[str, TensorInfo] = {}
     places: dict[str, Place] = {}
     aliases: dict[str, str] = {}
-    files: list[PositionalFile] = []
+    files: list[ReadableFile] = []
     metadata: dict[str, str] = {}
     notes: list[str] = []
     try:
         for shard_name, listed in names_by_shard.items():
-            shard_path = path / shard_name
-            if not os.path.lexists(shard_path):
+            if not folder.has(shard_name):
                 raise CheckpointError(
                     f"{label}: the shard {shard_name} is missing; {index_name} lists "
                     f"{len(names_by_shard)} shards"
                 )
-            file = PositionalFile(shard_path, f"{label}/{shard_name}")
+            file = folder.open(shard_name, f"{label}/{shard_name}")
             files.append(file)
             shard = open_file(file, state_key=state_key)
             _check_shard(shard, listed, shard_name, index_label, all_names)
@@ -196,9 +176,9 @@ def _check_shard(
         )
 
 
-def _read_index(path: Path, label: str) -> dict[str, set[str]]:
+def _read_index(folder: Folder, name: str, label: str) -> dict[str, set[str]]:
     """Return shard file name -> the names of its tensors, shards in sorted order."""
-    index = read_json(path, label)
+    index = read_json(folder, name)
     weight_map = index.get("weight_map") if index else None
     if type(weight_map) is not dict or not weight_map:
         raise CheckpointError(f"{label}: has no weight_map")
@@ -224,12 +204,12 @@ def _is_plain_file_name(name: str) -> bool:
     )
 
 
-def _tied_by_config(path: Path, label: str, checkpoint: StoredCheckpoint) -> dict[str, str]:
+def _tied_by_config(folder: Folder, checkpoint: StoredCheckpoint) -> dict[str, str]:
     """Return the output embedding that ``config.json`` says is tied to the input embedding.
 
     transformers writes only one of the two; either may be the one that is stored.
     """
-    config = read_json(path / "config.json", f"{label}/config.json")
+    config = read_json(folder, "config.json")
     if config is None or config.get("tie_word_embeddings") is not True:
         return {}
     inputs = [name for name in checkpoint.tensors if name.endswith(_TIED_INPUT_SUFFIXES)]

@@ -9,11 +9,46 @@ import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from ckptavg.errors import CheckpointError
 from ckptavg.tensors import FileStamp
 
 _MAX_BUFFERS_PER_CALL = 1024  # IOV_MAX on Linux and macOS
+
+
+class ReadableFile(Protocol):
+    """One file, wherever it lies, read by position from any number of threads.
+
+    Attributes:
+        path: What tells it from every other file.
+        label: What messages call it.
+        size: Bytes.
+        stamp: What identifies its content.
+    """
+
+    path: str
+    label: str
+    size: int
+    stamp: FileStamp
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Return bytes that belong to a header."""
+
+    def prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Hear which small ranges (offset, bytes) ``read`` will be asked for next."""
+
+    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill the buffers, one after the other, from ``offset`` on."""
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError if the file changed since it was opened."""
+
+    def verify(self) -> None:
+        """Raise CheckpointError if the content is not what its source says, where that tells."""
+
+    def close(self) -> None:
+        """Close the file; closing twice is allowed."""
 
 
 class PositionalFile:
@@ -52,6 +87,9 @@ class PositionalFile:
         self.read_into(offset, [memoryview(buffer)])
         return bytes(buffer)
 
+    def prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Nothing: the system reads ahead."""
+
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill the buffers, one after the other, from ``offset`` on.
 
@@ -89,6 +127,9 @@ class PositionalFile:
             raise CheckpointError(f"{self.label}: cannot be read: {_reason(error)}") from error
         if now != self.stamp:
             raise CheckpointError(f"{self.label}: changed while being read; nothing was published")
+
+    def verify(self) -> None:
+        """Nothing: a local file has no other source that would know better."""
 
     def close(self) -> None:
         """Close the file; closing twice is allowed."""

@@ -1,6 +1,6 @@
 """Which format one file has, told by its first bytes, never by its name."""
 
-from ckptavg.checkpoint.files import PositionalFile
+from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.checkpoint.safetensors import read_header
 from ckptavg.checkpoint.stored import Place, StoredCheckpoint
 from ckptavg.checkpoint.torch_file import open_torch_file
@@ -18,7 +18,7 @@ _FOREIGN_MAGIC = (
 )
 
 
-def open_file(file: PositionalFile, *, state_key: str | None) -> StoredCheckpoint:
+def open_file(file: ReadableFile, *, state_key: str | None) -> StoredCheckpoint:
     """Open one checkpoint file in whatever supported format it has.
 
     Raises:
@@ -44,7 +44,7 @@ def open_file(file: PositionalFile, *, state_key: str | None) -> StoredCheckpoin
         raise
 
 
-def open_safetensors_file(file: PositionalFile) -> StoredCheckpoint:
+def open_safetensors_file(file: ReadableFile) -> StoredCheckpoint:
     """Open a safetensors file.
 
     Names that ``safetensors.torch.save_model`` dropped as tied are declared as aliases: it

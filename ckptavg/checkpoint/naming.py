@@ -3,9 +3,10 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 
+from ckptavg.checkpoint.folder import Folder
 from ckptavg.checkpoint.protocol import Checkpoint
 from ckptavg.errors import CheckpointError, IncompatibleCheckpointsError
-from ckptavg.tensors import FileStamp, Piece, TensorInfo
+from ckptavg.tensors import FileStamp, HubRevision, Piece, TensorInfo
 
 # what DistributedDataParallel and torch.compile put before every name
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
@@ -88,7 +89,12 @@ class RenamedCheckpoint:
         self.epoch: int | None = checkpoint.epoch
         self.notes: Sequence[str] = checkpoint.notes
         self.files: Sequence[FileStamp] = checkpoint.files
-        self.directory: str | None = checkpoint.directory
+        self.folder: Folder | None = checkpoint.folder
+
+    @property
+    def hub(self) -> HubRevision | None:
+        """That of the checkpoint."""
+        return self._checkpoint.hub
 
     @property
     def read_scratch_nbytes(self) -> int:
@@ -111,6 +117,14 @@ class RenamedCheckpoint:
     def check_unchanged(self) -> None:
         """Raise CheckpointError if any file changed since it was opened."""
         self._checkpoint.check_unchanged()
+
+    def verify(self) -> None:
+        """Verify the checkpoint's files."""
+        self._checkpoint.verify()
+
+    def cancel(self) -> None:
+        """Cancel the reads of the checkpoint."""
+        self._checkpoint.cancel()
 
     def close(self) -> None:
         """Close all files."""

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from ckptavg.tensors import FileStamp, Piece, TensorInfo
+from ckptavg.checkpoint.folder import Folder
+from ckptavg.tensors import FileStamp, HubRevision, Piece, TensorInfo
 
 READ_SCRATCH_BYTES = 2**20  # bound for what a reader may hold beside the caller's buffer
 
@@ -23,8 +24,9 @@ class Checkpoint(Protocol):
         epoch: Training epoch, likewise.
         notes: What a user should know about how this checkpoint was read, one sentence each.
         files: The files read, with what identifies their content.
-        directory: The model directory whose side files (config, tokenizer) belong to this
-            checkpoint; None for a single file.
+        folder: The folder whose side files (config, tokenizer) belong to this checkpoint; None
+            for a single file.
+        hub: The revision on the Hub that it is; None if it is local.
         read_scratch_nbytes: What one call of ``read_into`` may hold beside the caller's buffer.
         places_digest: Hexadecimal digits that change with the bytes of ``files`` that a name
             stands for: two sets of weights in one file have different digests.
@@ -39,7 +41,11 @@ class Checkpoint(Protocol):
     epoch: int | None
     notes: Sequence[str]
     files: Sequence[FileStamp]
-    directory: str | None
+    folder: Folder | None
+
+    @property
+    def hub(self) -> HubRevision | None:
+        """See the class."""
 
     @property
     def read_scratch_nbytes(self) -> int:
@@ -65,6 +71,16 @@ class Checkpoint(Protocol):
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if any file changed since it was opened."""
+
+    def verify(self) -> None:
+        """Read what is left of the files, and compare their content with the Hub's hashes.
+
+        Raises:
+            CheckpointError: If a hash differs: the transfer went wrong. Local files have none.
+        """
+
+    def cancel(self) -> None:
+        """Make reads that wait for a network fail soon; from any thread."""
 
     def close(self) -> None:
         """Close all files; reading afterwards is an error."""

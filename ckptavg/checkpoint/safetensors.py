@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ckptavg.checkpoint.files import PositionalFile
+from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.errors import CheckpointError
 from ckptavg.tensors import DTYPE_BY_CODE, TensorInfo
 
@@ -39,7 +39,7 @@ class SafetensorsHeader:
         self.metadata = metadata
 
 
-def read_header(file: PositionalFile) -> SafetensorsHeader:
+def read_header(file: ReadableFile) -> SafetensorsHeader:
     """Read and completely check the header of a safetensors file.
 
     Raises:

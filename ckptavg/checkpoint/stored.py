@@ -1,14 +1,18 @@
-"""A checkpoint whose tensors are byte ranges of local files: what every local reader builds."""
+"""A checkpoint whose tensors are byte ranges of files: what every reader builds."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from ckptavg.checkpoint.files import PositionalFile
+from ckptavg.checkpoint.files import ReadableFile
+from ckptavg.checkpoint.folder import Folder
 from ckptavg.checkpoint.protocol import READ_SCRATCH_BYTES
 from ckptavg.checkpoint.strided import read_strided
-from ckptavg.tensors import FileStamp, Piece, TensorInfo
+from ckptavg.tensors import FileStamp, HubRevision, Piece, TensorInfo
+
+if TYPE_CHECKING:  # importing huggingface_hub takes longer than averaging many models
+    from ckptavg.hub.connection import HubConnection
 
 _MAX_GAP_BYTES = 4096  # torch archives pad between tensors; reading the gap is cheaper than a call
 
@@ -16,30 +20,37 @@ _MAX_GAP_BYTES = 4096  # torch archives pad between tensors; reading the gap is 
 class Place(NamedTuple):
     """Where a tensor lies: first byte in a file, and strides in elements if not row-major."""
 
-    file: PositionalFile
+    file: ReadableFile
     offset: int
     strides: tuple[int, ...] | None = None
 
 
 @dataclass(kw_only=True)
 class StoredCheckpoint:
-    """Implements the ``Checkpoint`` protocol over positional reads of local files."""
+    """Implements the ``Checkpoint`` protocol over positional reads of files."""
 
     label: str
     layout: str
     tensors: Mapping[str, TensorInfo]
     places: Mapping[str, Place]
-    open_files: Sequence[PositionalFile]
+    open_files: Sequence[ReadableFile]
     aliases: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     step: int | None = None
     epoch: int | None = None
     notes: Sequence[str] = ()
-    directory: str | None = None
+    folder: Folder | None = None
+    revision: HubRevision | None = None
+    connection: "HubConnection | None" = None
     files: Sequence[FileStamp] = field(init=False)
 
     def __post_init__(self) -> None:
         self.files = [file.stamp for file in self.open_files]
+
+    @property
+    def hub(self) -> HubRevision | None:
+        """The revision of a single file, or of its folder."""
+        return self.revision or (None if self.folder is None else self.folder.hub)
 
     @property
     def read_scratch_nbytes(self) -> int:
@@ -99,23 +110,35 @@ class StoredCheckpoint:
         for file in self.open_files:
             file.check_unchanged()
 
+    def verify(self) -> None:
+        """Compare the files with the hashes that their source tells; see the protocol."""
+        for file in self.open_files:
+            file.verify()
+
+    def cancel(self) -> None:
+        """Make reads from the Hub fail soon; see the protocol."""
+        if self.connection is not None:
+            self.connection.cancel()
+
     def close(self) -> None:
         """Close all files."""
         for file in self.open_files:
             file.close()
+        if self.folder is not None:
+            self.folder.close()
 
 
 class _Run:
     """Pieces that lie side by side in one file, but for small gaps: one system call."""
 
-    def __init__(self, file: PositionalFile, offset: int, begin: int, end: int) -> None:
+    def __init__(self, file: ReadableFile, offset: int, begin: int, end: int) -> None:
         self._file = file
         self._offset = offset
         self._next_offset = offset + (end - begin)
         self._targets: list[tuple[int, int] | int] = [(begin, end)]  # buffer range, or gap bytes
         self._filled = end
 
-    def extend(self, file: PositionalFile, offset: int, begin: int, end: int) -> bool:
+    def extend(self, file: ReadableFile, offset: int, begin: int, end: int) -> bool:
         """Add a piece if it follows in the same file; tell whether it did."""
         gap = offset - self._next_offset
         if file is not self._file or not 0 <= gap <= _MAX_GAP_BYTES:

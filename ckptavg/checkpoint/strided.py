@@ -10,7 +10,7 @@ from math import prod
 
 import numpy as np
 
-from ckptavg.checkpoint.files import PositionalFile
+from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.checkpoint.protocol import READ_SCRATCH_BYTES
 
 Block = tuple[tuple[int, int], ...]  # one half-open index range a dimension
@@ -34,7 +34,7 @@ def extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
 
 
 def read_strided(
-    file: PositionalFile,
+    file: ReadableFile,
     data_offset: int,
     itemsize: int,
     shape: tuple[int, ...],

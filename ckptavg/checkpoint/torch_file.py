@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 from zlib import crc32
 
-from ckptavg.checkpoint.files import PositionalFile
+from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.checkpoint.pickle_values import Inert, Pairs, Storage, TensorView, Unsupported
 from ckptavg.checkpoint.pickles import read_pickle
 from ckptavg.checkpoint.stored import Place, StoredCheckpoint
@@ -29,7 +29,7 @@ _STEP_KEYS = ("global_step", "step", "global_iter", "iteration", "iter", "num_up
 _EPOCH_KEYS = ("epoch", "epochs")
 
 
-def open_torch_file(file: PositionalFile, *, state_key: str | None) -> StoredCheckpoint:
+def open_torch_file(file: ReadableFile, *, state_key: str | None) -> StoredCheckpoint:
     """Open a zip file written by ``torch.save``.
 
     Args:
@@ -50,6 +50,7 @@ def open_torch_file(file: PositionalFile, *, state_key: str | None) -> StoredChe
     aliases: dict[str, str] = {}
     owners: dict[tuple[Any, ...], str] = {}
     left_out = []
+    _prefetch(directory, root_name, state_dict)
     data_offsets: dict[str, int] = {}
     for name, value in state_dict.items:
         if type(name) is not str:
@@ -91,7 +92,7 @@ def open_torch_file(file: PositionalFile, *, state_key: str | None) -> StoredChe
     )
 
 
-def _read_root(file: PositionalFile, directory: ZipDirectory) -> tuple[str, Any]:
+def _read_root(file: ReadableFile, directory: ZipDirectory) -> tuple[str, Any]:
     """Return the archive's top folder (with a slash) and the value that its pickle describes."""
     members = directory.members
     pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
@@ -116,7 +117,7 @@ def _read_root(file: PositionalFile, directory: ZipDirectory) -> tuple[str, Any]
 
 
 def _read_member(
-    file: PositionalFile, directory: ZipDirectory, member: Member, max_bytes: int
+    file: ReadableFile, directory: ZipDirectory, member: Member, max_bytes: int
 ) -> bytes:
     if member.nbytes > max_bytes:
         raise CheckpointError(
@@ -130,8 +131,15 @@ def _read_member(
     return raw
 
 
+def _prefetch(directory: ZipDirectory, root_name: str, state_dict: Pairs) -> None:
+    """Have the headers of all storages read at once that the weights lie in."""
+    keys = {value.storage.key for _, value in state_dict.items if type(value) is TensorView}
+    members = (directory.members.get(f"{root_name}data/{key}") for key in keys)
+    directory.prefetch_headers(member for member in members if member is not None)
+
+
 def _place(
-    file: PositionalFile,
+    file: ReadableFile,
     directory: ZipDirectory,
     root_name: str,
     name: str,

@@ -7,9 +7,10 @@ overlapping members, leading or trailing bytes) is refused.
 
 import struct
 from bisect import bisect_right
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from ckptavg.checkpoint.files import PositionalFile
+from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.errors import CheckpointError
 
 _END = struct.Struct("<4sHHHHIIH")
@@ -37,7 +38,7 @@ class Member(NamedTuple):
 class ZipDirectory:
     """The checked central directory of one zip file."""
 
-    def __init__(self, file: PositionalFile) -> None:
+    def __init__(self, file: ReadableFile) -> None:
         """Read the central directory.
 
         Raises:
@@ -67,12 +68,7 @@ class ZipDirectory:
         if name != member.name.encode("utf-8"):
             raise self._refuse(f"{refusal} has another name in its own header")
         start = member.header_offset + _LOCAL.size + int(name_bytes) + int(extra_bytes)
-        position = bisect_right(self._header_offsets, member.header_offset)
-        limit = (
-            self._header_offsets[position]
-            if position < len(self._header_offsets)
-            else self._directory_start
-        )
+        limit = self._limit(member)
         # without gaps, a damaged header cannot shift the data by a few bytes
         gap = limit - (start + member.nbytes)
         if gap < 0:
@@ -84,6 +80,23 @@ class ZipDirectory:
         if not is_tight:
             raise self._refuse(f"{refusal} does not end where the next one begins")
         return start
+
+    def prefetch_headers(self, members: Iterable[Member]) -> None:
+        """Have the headers read at once of members whose ``data_offset`` will be asked for."""
+        ranges: list[tuple[int, int]] = []
+        for member in members:
+            header_bytes = _LOCAL.size + len(member.name.encode("utf-8"))
+            ranges.append((member.header_offset, header_bytes))
+            descriptor_bytes = max(_DESCRIPTOR_BYTES)
+            ranges.append((self._limit(member) - descriptor_bytes, descriptor_bytes))
+        self._file.prefetch(ranges)
+
+    def _limit(self, member: Member) -> int:
+        """Return where begins what comes after a member."""
+        position = bisect_right(self._header_offsets, member.header_offset)
+        if position < len(self._header_offsets):
+            return self._header_offsets[position]
+        return self._directory_start
 
     def _refuse(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self._file.label}: {what}")

@@ -7,6 +7,7 @@ failed; 129, 130, 143 ended by SIGHUP, SIGINT, SIGTERM, nothing published.
 import contextlib
 import importlib
 import os
+import re
 import signal
 import sys
 import traceback
@@ -17,13 +18,16 @@ from typing import Any
 import click
 
 from ckptavg._version import __version__
-from ckptavg.errors import AfterPublishError, CkptavgError, UsageError, printable
+from ckptavg.errors import AfterPublishError, CkptavgError, UsageError, printable, without_token
+
+_QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
 
 # command -> module that holds it as `command`; imported when it is needed
 _COMMANDS = {
     "average": "ckptavg.cli.average",
     "recompute-bn": "ckptavg.cli.recompute_bn",
     "inspect": "ckptavg.cli.inspect",
+    "push": "ckptavg.cli.push",
 }
 
 
@@ -123,7 +127,8 @@ def _notes(error: BaseException) -> str:
 
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
-        traceback.print_exc()
+        # an address may be signed
+        sys.stderr.write(_QUERY.sub(r"\1?...", without_token(traceback.format_exc())))
     with contextlib.suppress(OSError):
         click.echo(f"ckptavg: error: {printable(message)}", err=True)
     return code

@@ -11,17 +11,20 @@ from ckptavg.cli.options import (
     model_options,
     output_options,
     pipeline_arguments,
+    push_options,
     reading_options,
     talk_options,
 )
 from ckptavg.cli.progress import ProgressBars
-from ckptavg.cli.render import echo_plan, echo_result, stdout_for_the_result
+from ckptavg.cli.push import chosen_push, push_and_echo, typed_command
+from ckptavg.cli.render import echo_plan, stdout_for_the_result
 from ckptavg.cli.user_code import load_bn_pass
 
 _EPILOG = """\b
 Examples:
   ckptavg average runs/exp7/checkpoint-* -o swa
   ckptavg average epoch-{17..36}.pt -o swa --model my_pkg:build --data my_pkg:batches
+  ckptavg average 'EleutherAI/pythia-160m@step{140000..143000..1000}' -o swa --push me/swa
   ckptavg average 'step{1..24}' -o averages --scheme uniform:last=5 --scheme uniform:last=20
   torchrun --nproc-per-node 4 -m ckptavg average runs/exp7/checkpoint-* -o swa
 """
@@ -30,6 +33,7 @@ Examples:
 @click.command("average", epilog=_EPILOG)
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCES...")
 @output_options
+@push_options
 @click.option(
     "--scheme",
     "schemes",
@@ -85,8 +89,10 @@ def command(
 ) -> None:
     """Average saved checkpoints into one model, and recompute its BatchNorm statistics.
 
-    SOURCES are checkpoint files (safetensors, torch), model directories, globs, and patterns such
-    as step{1000..9000..1000}. They are ordered by training step where all tell theirs.
+    SOURCES are checkpoint files (safetensors, torch), model directories, globs, patterns such as
+    step{1000..9000..1000}, and revisions on the Hugging Face Hub, which are streamed:
+    org/name@revision, org/name@step*, org/name@main/checkpoint-500. They are ordered by training
+    step where all tell theirs.
     """
     from ckptavg.pipeline import average_checkpoints
     from ckptavg.prepare import chosen_schemes, prepared_average
@@ -96,6 +102,7 @@ def command(
     distributed = started_by_torchrun()
     is_first = is_first_process()
     quiet = quiet or not is_first
+    push = chosen_push(options, first=is_first)
     with stdout_for_the_result():
         batchnorm = load_bn_pass(**model_arguments(options))
     arguments = pipeline_arguments(options)
@@ -122,9 +129,10 @@ def command(
             **arguments,
             distributed=distributed,
             progress=progress,
+            command=typed_command(),
         )
     if is_first:
         plural = "" if result.n_checkpoints == 1 else "s"
         number = "average" if len(result.outputs) == 1 else f"{len(result.outputs)} averages"
         done = f"{number} of {result.n_checkpoints} checkpoint{plural}"
-        echo_result(result, done, as_json=as_json, quiet=quiet)
+        push_and_echo(result, done, push, as_json=as_json, quiet=quiet)

@@ -1,13 +1,24 @@
 """``ckptavg inspect``: what is in a checkpoint, from its headers."""
 
+from typing import Any
+
 import click
 
-from ckptavg.cli.render import checkpoint_json, checkpoint_lines, echo_json, echo_lines
+from ckptavg.cli.render import (
+    checkpoint_json,
+    checkpoint_lines,
+    echo_json,
+    echo_lines,
+    revision_lines,
+    revisions_json,
+)
 
 _EPILOG = """\b
 Examples:
   ckptavg inspect runs/exp7/checkpoint-500
   ckptavg inspect epoch-036.pt --state-key ema --json
+  ckptavg inspect EleutherAI/pythia-160m
+  ckptavg inspect EleutherAI/pythia-160m@step143000
 """
 
 
@@ -19,13 +30,24 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def command(sources: tuple[str, ...], state_key: str | None, as_json: bool, debug: bool) -> None:
-    """Show what is there: layout, step, tensors, dtypes, shapes, sizes, metadata."""
-    from ckptavg.pipeline import inspect_checkpoint
-    from ckptavg.sources import expand_sources
+    """Show what is there: layout, step, tensors, dtypes, shapes, sizes, metadata.
 
-    infos = [inspect_checkpoint(path, state_key=state_key) for path in expand_sources(sources)]
-    if as_json:
-        echo_json([checkpoint_json(info) for info in infos])
-        return
-    for info in infos:
-        echo_lines(checkpoint_lines(info))
+    SOURCES are as for average; org/name alone lists the revisions of a repository on the Hub.
+    """
+    from ckptavg.pipeline import hub_revisions, inspect_checkpoint
+    from ckptavg.sources import expand_sources, hub_repository
+
+    values: list[dict[str, Any]] = []
+    lines: list[str] = []
+    for source in sources:
+        repo = hub_repository(source)
+        if repo is not None:
+            revisions = hub_revisions(repo)
+            values.append(revisions_json(repo, revisions))
+            lines += revision_lines(repo, revisions)
+            continue
+        for found in expand_sources(source):
+            info = inspect_checkpoint(found, state_key=state_key)
+            values.append(checkpoint_json(info))
+            lines += checkpoint_lines(info)
+    echo_json(values) if as_json else echo_lines(lines)

@@ -102,7 +102,25 @@ output_options = _combined(
     ),
 )  # fmt: skip
 
+push_options = _combined(
+    click.option(
+        "--push", metavar="ORG/NAME[@BRANCH]",
+        help="Publish OUT on the Hugging Face Hub when it is done, for example me/pythia-swa; "
+        "several averages go to a branch each.",
+    ),
+    click.option("--private", is_flag=True, help="Make the repository private, if it is made now."),
+    click.option(
+        "--card", type=click.Path(dir_okay=False), metavar="FILE",
+        help="Markdown that the model card ends with, for example notes.md.",
+    ),
+)  # fmt: skip
+
 reading_options = _combined(
+    click.option(
+        "--cache", is_flag=True,
+        help="Keep what comes from the Hub in the Hugging Face cache; default: the bytes are "
+        "streamed and stored nowhere. Files that are in the cache are used either way.",
+    ),
     click.option(
         "--state-key", metavar="KEY",
         help="Entry of torch files that holds the weights, for example ema or ema.module, or . for "
@@ -128,7 +146,8 @@ machine_options = _combined(
     ),
     click.option(
         "--io-threads", type=click.IntRange(min=1), metavar="N",
-        help="Threads that read, for example 8; default: chosen by the machine.",
+        help="Threads that read, or connections to the Hub, for example 8; default: chosen by the "
+        "machine.",
     ),
 )  # fmt: skip
 
@@ -261,4 +280,5 @@ def pipeline_arguments(options: dict[str, Any]) -> dict[str, Any]:
         "device": options["device"],
         "memory_budget_bytes": options["memory"],
         "n_threads": options["io_threads"],
+        "cache": options["cache"],
     }

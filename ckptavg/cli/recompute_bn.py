@@ -10,11 +10,13 @@ from ckptavg.cli.options import (
     model_options,
     output_options,
     pipeline_arguments,
+    push_options,
     reading_options,
     talk_options,
 )
 from ckptavg.cli.progress import ProgressBars
-from ckptavg.cli.render import echo_result, stdout_for_the_result
+from ckptavg.cli.push import chosen_push, push_and_echo, typed_command
+from ckptavg.cli.render import stdout_for_the_result
 from ckptavg.cli.user_code import load_bn_pass
 
 _EPILOG = """\b
@@ -29,6 +31,7 @@ Examples:
 @click.command("recompute-bn", epilog=_EPILOG)
 @click.argument("source", metavar="MODEL")
 @output_options
+@push_options
 @reading_options
 @model_options(required=True, compare="--compare")
 @machine_options
@@ -47,6 +50,7 @@ def command(
     distributed = started_by_torchrun()
     is_first = is_first_process()
     quiet = quiet or not is_first
+    push = chosen_push(options, first=is_first)
     with stdout_for_the_result():
         batchnorm = load_bn_pass(**model_arguments(options))
     if batchnorm is None:
@@ -60,10 +64,11 @@ def command(
             include_code=not options["no_code"],
             distributed=distributed,
             progress=progress,
+            command=typed_command(),
         )
     if not is_first:
         return
     report = result.outputs[0].batchnorm
     recomputed = report is not None and report.layers
     done = f"{source} with recomputed BatchNorm statistics" if recomputed else f"a copy of {source}"
-    echo_result(result, done, as_json=as_json, quiet=quiet)
+    push_and_echo(result, done, push, as_json=as_json, quiet=quiet)

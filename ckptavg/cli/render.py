@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ckptavg.batchnorm import BnReport
     from ckptavg.prepare import Prepared
     from ckptavg.results import AverageResult, CheckpointInfo, OutputResult
+    from ckptavg.tensors import HubRevision, PushResult
+
+_COMMIT_DIGITS = 12
 
 
 def echo_lines(lines: Iterable[str]) -> None:
@@ -41,15 +44,22 @@ def echo_notes(notes: Sequence[str], *, quiet: bool) -> None:
                 click.echo(_encodable(f"note: {printable(note)}", sys.stderr), err=True)
 
 
-def echo_result(result: "AverageResult", done: str, *, as_json: bool, quiet: bool) -> None:
-    """Print what a run did; ``done`` says it in words.
+def echo_result(
+    result: "AverageResult",
+    done: str,
+    *,
+    as_json: bool,
+    quiet: bool,
+    pushed: "Sequence[PushResult]" = (),
+) -> None:
+    """Print what a run did; ``done`` says it in words, ``pushed`` is for JSON.
 
     Raises:
         AfterPublishError: If that fails or is interrupted: the output is there all the same.
     """
     try:
         if as_json:
-            echo_json(asdict(result))
+            echo_json(asdict(result) | {"pushed": [asdict(one) for one in pushed]})
             return
         echo_lines(summary_lines(result, done))
         echo_notes(result.notes, quiet=quiet)
@@ -305,7 +315,8 @@ def checkpoint_lines(info: "CheckpointInfo") -> list[str]:
     position = [f"{name} {value}" for name, value in known if value is not None]
     files = f"{len(info.files)} file{'s' if len(info.files) != 1 else ''}"
     lines = [
-        f"{info.source}: {', '.join([info.layout, *position])}, {len(info.tensors)} tensors, "
+        f"{info.source}{_commit(info.hub)}: {', '.join([info.layout, *position])}, "
+        f"{len(info.tensors)} tensors, "
         f"{info.n_parameters:,} values, {size(info.nbytes)} in {files}",
     ]
     lines += [f"  metadata {key}: {value}" for key, value in info.metadata.items()]
@@ -333,6 +344,7 @@ def checkpoint_json(info: "CheckpointInfo") -> dict[str, Any]:
     """Return what ``inspect --json`` prints of one checkpoint."""
     return {
         "source": info.source,
+        "hub": None if info.hub is None else info.hub._asdict(),
         "layout": info.layout,
         "step": info.step,
         "epoch": info.epoch,
@@ -347,6 +359,46 @@ def checkpoint_json(info: "CheckpointInfo") -> dict[str, Any]:
             for name, tensor in info.tensors.items()
         },
     }
+
+
+def revision_lines(repo: str, revisions: "Sequence[HubRevision]") -> list[str]:
+    """Return what ``inspect`` shows of a whole repository on the Hub."""
+    rows = [
+        [f"  {repo}@{one.revision}", _step(one.revision), one.commit[:_COMMIT_DIGITS]]
+        for one in revisions
+    ]
+    return [
+        f"{repo}: {len(revisions)} branches and tags; name one to see what is in it",
+        *table(["  revision", "step", "commit"], rows),
+    ]
+
+
+def revisions_json(repo: str, revisions: "Sequence[HubRevision]") -> dict[str, Any]:
+    """Return what ``inspect --json`` prints of a whole repository on the Hub."""
+    from ckptavg.checkpoint.position import position_from_name
+
+    return {
+        "repo": repo,
+        "revisions": [
+            {
+                "revision": one.revision,
+                "commit": one.commit,
+                "step": position_from_name(one.revision).step,
+            }
+            for one in revisions
+        ],
+    }
+
+
+def _step(revision: str) -> str:
+    from ckptavg.checkpoint.position import position_from_name
+
+    step = position_from_name(revision).step
+    return "" if step is None else str(step)
+
+
+def _commit(found: "HubRevision | None") -> str:
+    return "" if found is None else f" ({found.commit[:_COMMIT_DIGITS]})"
 
 
 def _some(names: Sequence[str], count: int = 3) -> str:

@@ -1,4 +1,4 @@
-"""The only door to huggingface_hub: so far its conventions, not yet its network calls."""
+"""How the Hub's own writers split a model into files."""
 
 from collections.abc import Mapping
 

@@ -1,0 +1,141 @@
+"""Where checkpoints lie: a directory of this machine, or a folder on the Hub, seen alike."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from ckptavg.checkpoint.files import PositionalFile, ReadableFile
+from ckptavg.errors import CheckpointError
+from ckptavg.tensors import HubRevision
+
+TEMPLATE_DIRECTORY = "additional_chat_templates"
+_MAX_JSON_BYTES = 100_000_000
+
+# weights in any format, training state, and what is written anew
+_LEFT_OUT = re.compile(
+    r"""
+    .*\.(safetensors|bin|pt|pth|ckpt|tar|gguf|ggml|onnx|onnx_data|h5|msgpack|distcp|npz|npy|pkl|pickle)
+    | .*\.index\.json
+    | consolidated.* | optimizer.* | scheduler.* | scaler.* | rng_state.* | random_states_.*
+    | trainer_state\.json | training_args\..* | events\.out\..* | latest | zero_to_fp32\.py
+    | README\.md | ckptavg\.json | \..*
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+class Folder(Protocol):
+    """A folder that holds a checkpoint, or is one.
+
+    Attributes:
+        label: What messages call it.
+        hub: The revision on the Hub that it is; None for a local directory.
+    """
+
+    label: str
+
+    @property
+    def hub(self) -> HubRevision | None:
+        """See the class."""
+
+    def names(self) -> Sequence[str]:
+        """Return the names of the files and folders in it, in order."""
+
+    def has(self, name: str) -> bool:
+        """Tell whether there is a file or folder of that name, be it a link that leads nowhere."""
+
+    def is_folder(self, name: str) -> bool:
+        """Tell whether that name is a folder's."""
+
+    def open(self, name: str, label: str) -> ReadableFile:
+        """Open a file in it.
+
+        Raises:
+            CheckpointError: If it cannot be opened.
+        """
+
+    def local_directory(self) -> Path:
+        """Return a directory of this machine that holds at least what ``is_side_file`` names."""
+
+    def close(self) -> None:
+        """Let go of what was fetched."""
+
+
+class LocalFolder:
+    """A directory of this machine."""
+
+    def __init__(self, path: Path, label: str) -> None:
+        self.label = label
+        self.path = path
+
+    @property
+    def hub(self) -> HubRevision | None:
+        """Nothing."""
+        return None
+
+    def names(self) -> Sequence[str]:
+        """Return the names in it; raises OSError if it cannot be listed."""
+        return sorted(entry.name for entry in self.path.iterdir())
+
+    def has(self, name: str) -> bool:
+        """Tell whether a name is there."""
+        return os.path.lexists(self.path / name)
+
+    def is_folder(self, name: str) -> bool:
+        """Tell whether it is a directory."""
+        return (self.path / name).is_dir()
+
+    def open(self, name: str, label: str) -> ReadableFile:
+        """Open a file in it."""
+        return PositionalFile(self.path / name, label)
+
+    def local_directory(self) -> Path:
+        """Return itself."""
+        return self.path
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+def is_side_file(name: str) -> bool:
+    """Tell by its name whether a file belongs to a model beside its weights, as its config does."""
+    return not _LEFT_OUT.fullmatch(name)
+
+
+def read_json(folder: Folder, name: str) -> dict[str, Any] | None:
+    """Return the JSON object in a file of a folder, or None if there is no such file.
+
+    Raises:
+        CheckpointError: If it is not a JSON object, or unreasonably large.
+    """
+    if not folder.has(name):
+        return None
+    label = f"{folder.label}/{name}"
+    file = folder.open(name, label)
+    try:
+        if file.size > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{label}: has {file.size} bytes, too many for a JSON side file")
+        value = json.loads(file.read(0, file.size).decode("utf-8"))
+        file.verify()
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{label}: is not valid JSON") from error
+    finally:
+        file.close()
+    if type(value) is not dict:
+        raise CheckpointError(f"{label}: is not a JSON object")
+    return value
+
+
+def read_local_json(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a local file; see ``read_json``."""
+    return read_json(LocalFolder(path.parent, str(path.parent)), path.name)
+
+
+def side_file_names(folder: Folder) -> Iterator[str]:
+    """Yield the files and folders of a model that are no weights."""
+    for name in folder.names():
+        if is_side_file(name):
+            yield name
