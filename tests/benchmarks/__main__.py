@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import click
 
 from .contenders import PEERS, can_read, ckptavg, ckptavg_command, is_installed, peer
+from .hub import hub_contenders, served
 from .inputs import SETS, InputError, InputSet, make_inputs
 from .measure import BenchmarkError, Contender, Run, measure, memory_warning, ratio, typical
 
@@ -265,6 +266,35 @@ def _echo_growth(measured: Sequence[tuple[InputSet, Runs]]) -> None:
         f"spread (max/min) of the time per input byte: ckptavg {own_spread}, "
         f"averaging {averaging_spread}, floor {floor_spread}"
     )
+
+
+@main.command()
+@common_options
+@checkpoints_option(1)
+def hub(checkpoints: int, **common: Any) -> None:
+    """Compare averaging from a Hub on loopback with a plain client that reads the same ranges.
+
+    The client keeps nothing, checks nothing and adds nothing. "GB/s" is without the start of the
+    process. The Hub runs on the same CPUs.
+
+    \b
+    Example:
+      python -m tests.benchmarks hub --gb 0.5 --json hub.json
+    """
+    with prepared(**common) as bench:
+        inputs = bench.make("llama-bf16", checkpoints)
+        with served(inputs) as address:
+            runs = bench.measure(inputs, hub_contenders(inputs, bench.outputs, address))
+        rows = []
+        for name, own in runs.items():
+            reports = [run.reports[0] for run in own]
+            rates = [one["read_nbytes"] / one["average_seconds"] / 1e9 for one in reports]
+            ratios = [f"{ratio(own, other):.2f}" for other in runs.values()]
+            memory = _memory(own)[0]
+            rows.append([name, f"{typical(own):.3f}", f"{median(rates):.3f}", *ratios, memory])
+        click.echo(f"\n{_described(inputs)}, from a Hub on loopback")
+        header = ",".join(f"x {name.replace(', ', ' ')}" for name in runs)
+        _echo_table(f"contender,wall s,GB/s,{header},RssAnon MB", rows)
 
 
 @main.command()

@@ -8,8 +8,8 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +33,7 @@ class Contender:
     commands: tuple[tuple[str, ...], ...]
     output: Path
     due_nbytes: int  # that the output has at least
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ def memory_warning(nbytes: int) -> str | None:
 
 
 def _run(contender: Contender) -> Run:
-    runs = [_run_command(command) for command in contender.commands]
+    runs = [_run_command(command, contender.environment) for command in contender.commands]
     written = sum(file_sizes([contender.output]))
     if written < _WHOLE * contender.due_nbytes:
         raise BenchmarkError(f"{contender.name} wrote {written} of {contender.due_nbytes} bytes")
@@ -114,9 +115,9 @@ def _run(contender: Contender) -> Run:
     )
 
 
-def _run_command(command: Sequence[str]) -> Run:
+def _run_command(command: Sequence[str], more: Mapping[str, str]) -> Run:
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", **more}
         started = time.perf_counter()
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=stderr)
         with _MemorySampler(process.pid) as sampler:
