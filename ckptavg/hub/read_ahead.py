@@ -18,7 +18,7 @@ from ckptavg.hub.remote_file import HubFile
 
 CONNECTIONS = 8
 _MAX_SEGMENT_BYTES = 8 * 2**20
-_MIN_SEGMENT_BYTES = 256 * 1024
+_MIN_SEGMENT_BYTES = 64 * 1024
 _MAX_AHEAD = 8
 _OLD_ROUNDS = 4  # a segment that is still being read is used more often
 _POLL_SECONDS = 0.2
