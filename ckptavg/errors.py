@@ -24,7 +24,7 @@ import re
 
 _NO_TOKEN = "hf_***"
 _MIN_TOKEN_CHARACTERS = 6
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}|(?<=Bearer )\S+")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]{20,}|(?<=Bearer )\S+")
 _MAX_MESSAGE_CHARACTERS = 2000  # a hostile name can be megabytes long
 _MAX_ENDING_CHARACTERS = 200  # the end of a message says what to do
 _BIDI_AND_SEPARATORS = frozenset(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +16,13 @@ from ckptavg.average import (
 )
 from ckptavg.checkpoint import Checkpoint, normalise_names
 from ckptavg.destination import check_destination
-from ckptavg.errors import CkptavgError, SourceError, UsageError
+from ckptavg.errors import CkptavgError, MemoryBudgetError, SourceError, UsageError
 from ckptavg.plan import DEFAULT_MAX_SHARD_BYTES, AveragePlan, plan_average
 from ckptavg.processes import Processes
 from ckptavg.provenance import earlier_provenance, last_averaged
 from ckptavg.recipe import Recipe, Scheme, parse_scheme
 from ckptavg.results import BnPass
-from ckptavg.side_files import SideFile, find_side_files
+from ckptavg.side_files import SideFile, find_side_files, inherited_front_matter
 from ckptavg.sources import (
     HubAccess,
     Source,
@@ -50,7 +50,8 @@ _MAX_STREAM_READERS = 8
 class Prepared:
     """Everything decided, nothing read: what ``--dry-run`` shows.
 
-    ``side_files`` has a list for each output of the plan.
+    ``side_files`` and ``inherited_cards`` have one for each output of the plan, ``derived_from``
+    for each checkpoint.
     """
 
     checkpoints: Sequence[Checkpoint]
@@ -59,6 +60,8 @@ class Prepared:
     side_files: Sequence[Sequence[SideFile]]
     run_bn_pass: RunBnPass | None
     hub: HubAccess
+    derived_from: Sequence[Mapping[str, Any] | None]
+    inherited_cards: Sequence[str | None]
     state_key: str | None
     strip_prefixes: tuple[str, ...]
     notes: tuple[str, ...]
@@ -172,6 +175,10 @@ def prepared_average(
             state_key=state_key,
             strip_prefixes=tuple(strip_prefixes),
             hub=hub,
+            derived_from=[earlier_provenance(one) for one in checkpoints],
+            inherited_cards=[
+                inherited_front_matter(checkpoints[one.row.used[-1]].folder) for one in plan.outputs
+            ],
             notes=(*side_notes, *_batchnorm_due(plan, batchnorm), *_fetched(hub)),
         )
     finally:
@@ -200,13 +207,21 @@ def _workspace(
         reading_nbytes = hub.connection.fit(most, n_streams, max(streamed))
         if n_threads is None:
             n_threads = 1 if device == "cpu" else min(n_streams, _MAX_STREAM_READERS)
-    workspace = size_workspace(
-        plan,
-        device,
-        memory_budget_bytes=memory_budget_bytes - reading_nbytes,
-        n_threads=n_threads,
-        local_size=local_size,
-    )
+    try:
+        workspace = size_workspace(
+            plan,
+            device,
+            memory_budget_bytes=memory_budget_bytes - reading_nbytes,
+            n_threads=n_threads,
+            local_size=local_size,
+        )
+    except MemoryBudgetError as error:
+        if not n_streams:
+            raise
+        raise MemoryBudgetError(
+            f"a memory budget of {memory_budget_bytes} bytes is too small for {n_streams} "
+            "checkpoints that are streamed from the Hub (--memory)"
+        ) from error
     return replace(
         workspace,
         host_nbytes=workspace.host_nbytes + reading_nbytes,

@@ -118,6 +118,7 @@ def inherited_front_matter(folder: Folder | None) -> str | None:
         if file.size > _MAX_CARD_BYTES:
             return None
         text = file.read(0, file.size).decode("utf-8", "replace").replace("\r\n", "\n")
+        file.verify()
     finally:
         file.close()
     match = _FRONT_MATTER.match(text)

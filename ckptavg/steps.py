@@ -15,10 +15,10 @@ from ckptavg.errors import ProcessError
 from ckptavg.output import OutputDirectory
 from ckptavg.prepare import Prepared, prepared_average
 from ckptavg.processes import Processes
-from ckptavg.provenance import earlier_provenance, provenance
+from ckptavg.provenance import provenance
 from ckptavg.recipe import Recipe
 from ckptavg.results import BnPass, Progress
-from ckptavg.side_files import copy_side_files, inherited_front_matter
+from ckptavg.side_files import copy_side_files
 from ckptavg.sources import Source
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def average_together(
         )
         for checkpoint in prepared.checkpoints:
             checkpoint.check_unchanged()
-        for index in processes.share(list(plan.used_checkpoints)):
+        for index in plan.used_checkpoints:  # in every process: what it read is what it verifies
             prepared.checkpoints[index].verify()
         if processes.size > processes.local_size:  # what other hosts wrote must reach the storage
             directory.sync()
@@ -167,7 +167,6 @@ def finish(
 ) -> None:
     """Add what belongs beside the weights, and publish."""
     plan = prepared.plan
-    derived_from = [earlier_provenance(one) for one in prepared.checkpoints]
     for index, (one, model) in enumerate(zip(plan.outputs, directory.models, strict=True)):
         outcome, files = outcomes[index], prepared.side_files[index]
         model.add_index()
@@ -184,13 +183,11 @@ def finish(
                 differing=differing[index],
                 notes=notes,
                 side_files=[file.name for file in files],
-                derived_from=derived_from,
+                derived_from=prepared.derived_from,
                 batchnorm=None if outcome is None else asdict(outcome.report),
                 metrics=None if outcome is None else outcome.metrics,
                 command=command,
-                inherited_card=inherited_front_matter(
-                    prepared.checkpoints[one.row.used[-1]].folder
-                ),
+                inherited_card=prepared.inherited_cards[index],
                 comparison=() if outcome is None else [asdict(row) for row in outcome.comparison],
             ),
         )

@@ -17,7 +17,8 @@ _MAX_JSON_BYTES = 100_000_000
 # weights in any format, training state, and what is written anew
 _LEFT_OUT = re.compile(
     r"""
-    .*\.(safetensors|bin|pt|pth|ckpt|tar|gguf|ggml|onnx|onnx_data|h5|msgpack|distcp|npz|npy|pkl|pickle)
+    .*\.(safetensors|bin|pt|pth|ckpt|tar|gguf|ggml|onnx|onnx_data|h5|msgpack|distcp|npz|npy|pkl|pickle
+        |tflite|ot|mlmodel|pb)
     | .*\.index\.json
     | consolidated.* | optimizer.* | scheduler.* | scaler.* | rng_state.* | random_states_.*
     | trainer_state\.json | training_args\..* | events\.out\..* | latest | zero_to_fp32\.py

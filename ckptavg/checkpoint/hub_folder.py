@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # importing huggingface_hub takes longer than averaging many 
     from ckptavg.hub.connection import HubConnection
 
 _MAX_SIDE_FILE_BYTES = 256 * 2**20
+_SMALL_BYTES = 2**20
 _FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".tar")
 
 
@@ -114,7 +115,10 @@ class HubFolder:
                 file.close()
             (directory / name).write_bytes(content)
 
-        self._connection.map(fetch, list(wanted))
+        self._connection.map(fetch, [one for one in wanted if wanted[one].size <= _SMALL_BYTES])
+        for name in wanted:  # one at a time: each is held whole
+            if wanted[name].size > _SMALL_BYTES:
+                fetch(name)
 
     def _path(self, name: str) -> str:
         return f"{self._found.path}/{name}".lstrip("/")

@@ -75,7 +75,11 @@ class HubConnection:
             return there
         if there is None:
             there = Path(
-                tried(lambda: hf_hub_download(found.repo, path, revision=found.commit), label)
+                tried(
+                    lambda: hf_hub_download(found.repo, path, revision=found.commit),
+                    label,
+                    has_deadline=False,  # a whole file; it has timeouts of its own
+                )
             )
             if not _is_whole(there, entry):
                 Path(os.path.realpath(there)).unlink()

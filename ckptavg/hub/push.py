@@ -31,7 +31,14 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it exports 
 from ckptavg.errors import CkptavgError, HubError, UsageError, without_token
 from ckptavg.hub.read_ahead import ReadAhead
 from ckptavg.hub.references import reference_text
-from ckptavg.hub.transport import endpoint, headers, is_offline, refuse_failure, tried
+from ckptavg.hub.transport import (
+    endpoint,
+    headers,
+    is_offline,
+    refuse_failure,
+    request_timeout,
+    tried,
+)
 from ckptavg.tensors import PushResult
 
 CARD_NAME = "README.md"
@@ -145,6 +152,7 @@ def _check_card(card: str, what: str) -> None:
         f"{endpoint()}/api/validate-yaml",
         json={"content": card, "repoType": "model"},
         headers=headers(),
+        timeout=request_timeout(),
     )
     refuse_failure(response, what)
 
@@ -179,7 +187,9 @@ def _send(
             # hf_xet has tried again itself
             raise HubError(_upload_failed(what, error)) from error
 
-    ReadAhead(_FILES_AT_ONCE).map(lambda part: tried(lambda: send(part), what), parts)
+    ReadAhead(_FILES_AT_ONCE).map(
+        lambda part: tried(lambda: send(part), what, has_deadline=False), parts
+    )
 
 
 def _commit(
@@ -224,16 +234,26 @@ def _commit(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep huggingface_hub's own bars and remarks away: a library is silent."""
+    """Keep huggingface_hub's own bars and remarks away: a library is silent.
+
+    After an interrupt they stay away: threads that nobody waits for may still have some.
+    """
     were_disabled, verbosity = are_progress_bars_disabled(), logging.get_verbosity()
     disable_progress_bars()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it has no types
+    is_interrupted = False
     try:
         yield
+    except Exception:
+        raise
+    except BaseException:
+        is_interrupted = True
+        raise
     finally:
-        logging.set_verbosity(verbosity)
-        if not were_disabled:
-            enable_progress_bars()
+        if not is_interrupted:
+            logging.set_verbosity(verbosity)
+            if not were_disabled:
+                enable_progress_bars()
 
 
 @contextmanager

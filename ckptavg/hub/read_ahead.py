@@ -266,11 +266,12 @@ class ReadAhead:
                     self._changed.wait(_POLL_SECONDS)
                 segment = self._queue.popleft()
                 free = self._free.pop() if self._free else None
-            segment.buffer = free if free is not None else bytearray(self._segment_bytes)
             began, cpu_began = monotonic(), thread_time()
             try:
+                segment.buffer = free if free is not None else bytearray(self._segment_bytes)
                 segment.file.fetch(segment.start, segment.content, self.cancelled)
                 segment.file.check_seen(segment.start, segment.content)
+                segment.file.check_same(segment.start, segment.content)
             except BaseException as error:
                 with self._changed:
                     segment.error = error

@@ -9,10 +9,12 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
-from threading import Event, Lock
+from threading import Event, Lock, Thread
 from time import monotonic
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from huggingface_hub import constants, get_session
 from huggingface_hub.errors import (
@@ -38,6 +40,8 @@ TEMPORARY_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 TRANSPORT_ERRORS = (httpx.HTTPError, OSError)
 _MAX_ATTEMPTS = 6
 _MAX_CONNECT_ATTEMPTS = 3
+_POLL_SECONDS = 0.2
+_MANY_ATTEMPTS = 1000  # the deadline comes first
 _FIRST_WAIT_SECONDS = 0.5
 _MAX_WAIT_SECONDS = 20.0
 _LOCAL_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
@@ -67,14 +71,18 @@ class Attempts:
     Args:
         what: What messages call it.
         cancelled: Set when nobody waits for the result any more.
+        is_under_way: Whether work would be lost: a network that goes away is waited for.
     """
 
-    def __init__(self, what: str, cancelled: Event | None = None) -> None:
+    def __init__(
+        self, what: str, cancelled: Event | None = None, *, is_under_way: bool = False
+    ) -> None:
         self._what = what
         self._cancelled = cancelled or Event()
         self._ends = monotonic() + DEADLINE_SECONDS
         self._n_failures = 0
         self._last_reason = ""
+        self.max_connects = _MANY_ATTEMPTS if is_under_way else _MAX_CONNECT_ATTEMPTS
 
     def check(self) -> None:
         """Raise HubError once the time is over, or nobody waits any more."""
@@ -204,19 +212,44 @@ def answering(attempts: Attempts, what: str) -> Iterator[None]:
         )
     except httpx.ConnectError:
         # no network at all does not come back within seconds
-        attempts.failed("the Hub cannot be reached", most=_MAX_CONNECT_ATTEMPTS)
+        attempts.failed("the Hub cannot be reached", most=attempts.max_connects)
     except TRANSPORT_ERRORS as error:
         if isinstance(error, OSError) and error.errno in _LOCAL_TROUBLE:
             raise HubError(f"{what}: cannot be kept on this machine: {error.strerror}") from error
         attempts.failed(_reason(error))
 
 
-def tried(call: Callable[[], T], what: str) -> T:
-    """Return what a call of huggingface_hub's own returns, tried again where that can help."""
+def tried(call: Callable[[], T], what: str, *, has_deadline: bool = True) -> T:
+    """Return what a call of huggingface_hub's own returns, tried again where that can help.
+
+    Args:
+        call: The call; not all of them have timeouts, so it runs in a thread that can be left.
+        what: What messages call it.
+        has_deadline: Whether it has to end in time, as all do but uploads.
+    """
     attempts = Attempts(what)
     while True:
         with answering(attempts, what):
-            return call()
+            return _in_time(call, attempts) if has_deadline else call()
+
+
+def _in_time(call: Callable[[], T], attempts: Attempts) -> T:
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    while True:
+        try:
+            return future.result(timeout=_POLL_SECONDS)
+        except TimeoutError:
+            if future.done():  # it is the call's own
+                raise
+            attempts.check()
 
 
 def refuse_failure(response: Any, what: str) -> None:
@@ -267,8 +300,11 @@ def _asked_to_wait(answer: Mapping[str, str]) -> float | None:
 
 def _next_page(link: str) -> str | None:
     match = re.search(r'<([^>]+)>\s*;\s*rel="next"', link)
-    # the token goes along: to nobody else
-    return match[1] if match and match[1].startswith(f"{endpoint()}/") else None
+    if not match:
+        return None
+    # the token goes along, so to nobody else; a mirror may pass on the address of its origin
+    parts = urlsplit(match[1])
+    return endpoint() + parts.path + (f"?{parts.query}" if parts.query else "")
 
 
 def _reason(error: Exception) -> str:
