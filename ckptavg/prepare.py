@@ -149,12 +149,12 @@ def prepared_average(
                 if one.folder is not None and one.hub is None
             ],
         )
-        side_files, side_notes = [], dict[str, None]()
+        side_files, inherited_cards, side_notes = [], [], dict[str, None]()
         for one in plan.outputs:
-            files, found_notes = find_side_files(
-                checkpoints[one.row.used[-1]].folder, include_code=include_code
-            )
+            folder = checkpoints[one.row.used[-1]].folder
+            files, found_notes = find_side_files(folder, include_code=include_code)
             side_files.append(files)
+            inherited_cards.append(inherited_front_matter(folder))
             side_notes.update(dict.fromkeys(found_notes))
         yield Prepared(
             checkpoints=checkpoints,
@@ -176,9 +176,7 @@ def prepared_average(
             strip_prefixes=tuple(strip_prefixes),
             hub=hub,
             derived_from=[earlier_provenance(one) for one in checkpoints],
-            inherited_cards=[
-                inherited_front_matter(checkpoints[one.row.used[-1]].folder) for one in plan.outputs
-            ],
+            inherited_cards=inherited_cards,
             notes=(*side_notes, *_batchnorm_due(plan, batchnorm), *_fetched(hub)),
         )
     finally:

@@ -5,10 +5,8 @@ from pathlib import Path
 from ckptavg.checkpoint.folder import read_local_json
 from ckptavg.destination import PROVENANCE_NAME
 from ckptavg.errors import UsageError
-from ckptavg.hub import parse_reference
+from ckptavg.hub import CARD_NAME, parse_reference
 from ckptavg.tensors import PushResult
-
-_CARD_NAME = "README.md"
 
 
 def push_written(
@@ -32,7 +30,7 @@ def push_written(
     from ckptavg.hub.card import model_card
     from ckptavg.hub.push import push_folder
 
-    own_card = directory / _CARD_NAME
+    own_card = directory / CARD_NAME
     try:
         default_message = f"Average of {len(told['checkpoints'])} checkpoints ({told['scheme']})"
         if own_card.exists():

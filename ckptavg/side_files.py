@@ -5,19 +5,24 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ckptavg.checkpoint.files import PositionalFile
-from ckptavg.checkpoint.folder import TEMPLATE_DIRECTORY, Folder, is_side_file
+from ckptavg.checkpoint.folder import (
+    MAX_SIDE_FILE_BYTES,
+    TEMPLATE_DIRECTORY,
+    Folder,
+    is_side_file,
+)
 from ckptavg.errors import CheckpointError
+from ckptavg.hub import CARD_NAME
 from ckptavg.tensors import DType
 from ckptavg.writer import ModelWriter
 
-_CARD_NAME = "README.md"
 _MAX_CARD_BYTES = 2**20
 _FRONT_MATTER = re.compile(r"---\n(.*?)\n---(?:\n|$)", re.DOTALL)
-_MAX_SIDE_FILE_BYTES = 256 * 2**20
+_TEMPLATES = f"{TEMPLATE_DIRECTORY}/*.jinja"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +62,15 @@ def find_side_files(
     if folder is None:
         return [], []
     root = folder.local_directory()
-    candidates = [entry for entry in root.iterdir() if is_side_file(entry.name)]
-    templates = root / TEMPLATE_DIRECTORY
-    if templates.is_dir():
-        candidates.extend(templates.glob("*.jinja"))
+    names = [name for name in folder.names() if is_side_file(name)]
+    names += [f"{TEMPLATE_DIRECTORY}/{one.name}" for one in root.glob(_TEMPLATES)]
     files, code, notes = [], [], []
-    for path in sorted(candidates):
-        if not path.is_file():
+    for name in sorted(names, key=PurePath):
+        path = root / name
+        if folder.size(name) > MAX_SIDE_FILE_BYTES:
+            notes.append(f"did not copy {name}: it is larger than {MAX_SIDE_FILE_BYTES} bytes")
+        elif not path.is_file():
             continue
-        name = str(path.relative_to(root))
-        if path.stat().st_size > _MAX_SIDE_FILE_BYTES:
-            notes.append(f"did not copy {name}: it is larger than {_MAX_SIDE_FILE_BYTES} bytes")
         elif path.suffix == ".py":
             code.append(name)
             if include_code:
@@ -111,9 +114,9 @@ def inherited_front_matter(folder: Folder | None) -> str | None:
     Raises:
         CheckpointError: If the card cannot be read.
     """
-    if folder is None or not folder.has(_CARD_NAME) or folder.is_folder(_CARD_NAME):
+    if folder is None or not folder.has(CARD_NAME) or folder.is_folder(CARD_NAME):
         return None
-    file = folder.open(_CARD_NAME, f"{folder.label}/{_CARD_NAME}")
+    file = folder.open(CARD_NAME, f"{folder.label}/{CARD_NAME}")
     try:
         if file.size > _MAX_CARD_BYTES:
             return None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ckptavg.checkpoint import Checkpoint, open_checkpoint, open_hub_checkpoint
 from ckptavg.errors import HubError, SourceError
-from ckptavg.hub import SCHEME, HubReference, natural_order, parse_reference
+from ckptavg.hub import SCHEME, HubReference, is_glob, natural_order, parse_reference
 from ckptavg.tensors import HubRevision
 
 if TYPE_CHECKING:  # importing huggingface_hub takes longer than averaging many models
@@ -21,7 +21,6 @@ if TYPE_CHECKING:  # importing huggingface_hub takes longer than averaging many 
 Source = str | Path | HubRevision
 
 _NUMBER_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
-_GLOB_CHARACTERS = re.compile(r"[*?\[]")
 _MAX_EXPANSION = 100_000
 
 
@@ -212,7 +211,7 @@ def _find_on_hub(reference: HubReference, typed: str, hub: HubAccess) -> list[Hu
 
 
 def _expand_glob(pattern: str, text: str) -> list[str]:
-    if os.path.lexists(pattern) or not _GLOB_CHARACTERS.search(pattern):
+    if os.path.lexists(pattern) or not is_glob(pattern):
         return [pattern]
     matches = sorted(glob.glob(pattern), key=natural_order)
     if not matches:

@@ -22,7 +22,8 @@ from loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ckptavg import BnPass, average_checkpoints, recompute_bn
+from ckptavg import BnPass, average_checkpoints, recompute_bn, side_files
+from ckptavg.checkpoint import hub_folder
 from ckptavg.tensors import HubRevision
 
 # the same bits
@@ -257,3 +258,15 @@ def test_an_average_is_compared_with_its_last_checkpoint_on_the_hub(
 
 def weight_sum(model: nn.Module) -> dict[str, float]:
     return {"weight": model.state_dict()["0.weight"].sum().item()}
+
+
+def test_a_side_file_that_is_too_large_is_left_out_with_a_word(
+    hub: LoopbackHub, steps: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.commit(REPO, "step1", {"large.txt": b"x" * 5000})
+    for module in (hub_folder, side_files):
+        monkeypatch.setattr(module, "MAX_SIDE_FILE_BYTES", 4999)
+    result = average_checkpoints(f"{REPO}@step1", tmp_path / "out")
+    assert "did not copy large.txt: it is larger than 4999 bytes" in result.notes
+    assert not (tmp_path / "out" / "large.txt").exists()
+    assert hub.count("GET", "/large.txt") == 0

@@ -24,6 +24,7 @@ from hub_fixtures import (
     upload,
 )
 from loopback_hub import Fault, LoopbackHub, hub_environment
+from memory_probe import WATCH
 from safetensors.torch import save_file
 
 from ckptavg import average_checkpoints
@@ -270,31 +271,24 @@ def test_two_processes_share_what_is_on_the_hub(
 
 
 # samples RssAnon while averaging; prints the largest beyond what the imports take, in bytes
-PROBE = """
-import re, sys, threading, numpy, huggingface_hub
-from pathlib import Path
+PROBE = (
+    WATCH
+    + """
+import sys
+import numpy
 from huggingface_hub import get_session, hf_hub_url
 from ckptavg import average_checkpoints, hub
-from ckptavg.hub import HubConnection
-
-def anonymous():
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"RssAnon:\\s*(\\d+)", status)[1]) * 1024
+from ckptavg.hub.connection import HubConnection
 
 get_session()
-baseline = largest = anonymous()
-done = threading.Event()
-def watch():
-    global largest
-    while not done.wait(0.002):
-        largest = max(largest, anonymous())
-thread = threading.Thread(target=watch)
-thread.start()
-average_checkpoints(sys.argv[1], sys.argv[2], memory_budget_bytes=int(sys.argv[3]), device="cpu")
-done.set()
-thread.join()
-print(max(largest, anonymous()) - baseline)
+memory = here()
+with watched(memory):
+    average_checkpoints(
+        sys.argv[1], sys.argv[2], memory_budget_bytes=int(sys.argv[3]), device="cpu"
+    )
+print(memory.largest - memory.baseline)
 """
+)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from memory_probe import WATCH
 from safetensors.torch import save_file
 
 MB = 10**6
@@ -17,42 +18,32 @@ BUDGET_MB = 64
 
 # samples RssAnon while averaging; prints the largest, what numpy (or CUDA, too) takes alone, and
 # what the plan says, in bytes
-PROBE = """
-import json, re, sys, threading, numpy
-from pathlib import Path
+PROBE = (
+    WATCH
+    + """
+import json, sys, numpy
 from typing import Any, NamedTuple
-
-def anonymous():
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"RssAnon:\\s*(\\d+)", status)[1]) * 1024
 
 output, options, sources = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
 if options["device"] == "cuda":
     import torch
     torch.empty(0, device="cuda")
-baseline = anonymous()
+memory = here()
 from ckptavg import Recipe, average_checkpoints
 from ckptavg.prepare import chosen_schemes, prepared_average
 
-largest, done = 0, threading.Event()
-def watch():
-    global largest
-    while not done.wait(0.002):
-        largest = max(largest, anonymous())
-thread = threading.Thread(target=watch)
-thread.start()
-result = average_checkpoints(sources, output, overwrite=True, **options)
-done.set()
-thread.join()
+with watched(memory):
+    result = average_checkpoints(sources, output, overwrite=True, **options)
 assert options["device"] == "cuda" or "torch" not in sys.modules
 recipe = Recipe(schemes=chosen_schemes(options.pop("schemes", ()), None))
 with prepared_average(sources, output, recipe, overwrite=True, **options) as prepared:
     workspace = prepared.workspace
 print(json.dumps([
-    max(largest, anonymous()) - baseline, workspace.host_nbytes, workspace.max_host_nbytes,
+    memory.largest - memory.baseline, workspace.host_nbytes, workspace.max_host_nbytes,
     result.peak_device_bytes, workspace.device_nbytes,
 ]))
 """
+)
 
 
 @pytest.fixture(scope="module")

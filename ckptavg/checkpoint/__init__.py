@@ -14,7 +14,7 @@ from ckptavg.checkpoint.position import position_from_name
 from ckptavg.checkpoint.protocol import READ_SCRATCH_BYTES, Checkpoint
 from ckptavg.checkpoint.stored import StoredCheckpoint
 from ckptavg.errors import CheckpointError
-from ckptavg.hub import reference_text
+from ckptavg.hub import label_of
 from ckptavg.tensors import HubRevision
 
 if TYPE_CHECKING:  # importing huggingface_hub takes longer than averaging many models
@@ -70,7 +70,7 @@ def open_hub_checkpoint(
         SourceError: If the path is not there.
         HubError: If the Hub cannot be reached.
     """
-    label = reference_text(found.repo, found.revision, found.path)
+    label = label_of(found)
     if names_a_file(found):
         file = open_hub_weights(found, connection, label)
         checkpoint = open_file(file, state_key=state_key)

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from ckptavg.checkpoint.files import PositionalFile, ReadableFile
 from ckptavg.errors import CheckpointError
 from ckptavg.tensors import HubRevision
 
+MAX_SIDE_FILE_BYTES = 256 * 2**20
 TEMPLATE_DIRECTORY = "additional_chat_templates"
 _MAX_JSON_BYTES = 100_000_000
 
@@ -51,6 +52,9 @@ class Folder(Protocol):
     def is_folder(self, name: str) -> bool:
         """Tell whether that name is a folder's."""
 
+    def size(self, name: str) -> int:
+        """Return the bytes of a file; 0 for what is none."""
+
     def open(self, name: str, label: str) -> ReadableFile:
         """Open a file in it.
 
@@ -59,7 +63,10 @@ class Folder(Protocol):
         """
 
     def local_directory(self) -> Path:
-        """Return a directory of this machine that holds at least what ``is_side_file`` names."""
+        """Return a directory of this machine that holds at least the side files.
+
+        They are what ``is_side_file`` names, up to ``MAX_SIDE_FILE_BYTES`` each.
+        """
 
     def close(self) -> None:
         """Let go of what was fetched."""
@@ -88,6 +95,11 @@ class LocalFolder:
     def is_folder(self, name: str) -> bool:
         """Tell whether it is a directory."""
         return (self.path / name).is_dir()
+
+    def size(self, name: str) -> int:
+        """Return the bytes of a regular file."""
+        path = self.path / name
+        return path.stat().st_size if path.is_file() else 0
 
     def open(self, name: str, label: str) -> ReadableFile:
         """Open a file in it."""
@@ -133,10 +145,3 @@ def read_json(folder: Folder, name: str) -> dict[str, Any] | None:
 def read_local_json(path: Path) -> dict[str, Any] | None:
     """Return the JSON object in a local file; see ``read_json``."""
     return read_json(LocalFolder(path.parent, str(path.parent)), path.name)
-
-
-def side_file_names(folder: Folder) -> Iterator[str]:
-    """Yield the files and folders of a model that are no weights."""
-    for name in folder.names():
-        if is_side_file(name):
-            yield name

@@ -7,16 +7,15 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from ckptavg.checkpoint.files import PositionalFile, ReadableFile
-from ckptavg.checkpoint.folder import TEMPLATE_DIRECTORY, is_side_file
+from ckptavg.checkpoint.folder import MAX_SIDE_FILE_BYTES, TEMPLATE_DIRECTORY, is_side_file
 from ckptavg.errors import CheckpointError
-from ckptavg.hub import reference_text
+from ckptavg.hub import label_of
 from ckptavg.tensors import HubRevision
 
 if TYPE_CHECKING:  # importing huggingface_hub takes longer than averaging many models
     from ckptavg.hub.catalog import Entry
     from ckptavg.hub.connection import HubConnection
 
-_MAX_SIDE_FILE_BYTES = 256 * 2**20
 _SMALL_BYTES = 2**20
 _FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".tar")
 
@@ -31,7 +30,7 @@ class HubFolder:
             SourceError: If it is not there.
             HubError: If the Hub cannot be asked.
         """
-        self.label = reference_text(found.repo, found.revision, found.path)
+        self.label = label_of(found)
         self._found = found
         self._connection = connection
         self._entries = connection.list_folder(found)
@@ -55,6 +54,10 @@ class HubFolder:
     def is_folder(self, name: str) -> bool:
         """Tell whether it is a folder."""
         return name in self._entries and self._entries[name].is_folder
+
+    def size(self, name: str) -> int:
+        """Return the bytes of a file."""
+        return self._entries[name].size if name in self._entries else 0
 
     def open(self, name: str, label: str) -> ReadableFile:
         """Open a file in it, from the cache if it is there; what is read from the Hub is kept."""
@@ -94,13 +97,13 @@ class HubFolder:
             for entry in self._entries.values()
             if not entry.is_folder
             and is_side_file(entry.name)
-            and entry.size <= _MAX_SIDE_FILE_BYTES
+            and entry.size <= MAX_SIDE_FILE_BYTES
         }
         if self.is_folder(TEMPLATE_DIRECTORY):
             inside = self._found._replace(path=self._path(TEMPLATE_DIRECTORY))
             (directory / TEMPLATE_DIRECTORY).mkdir()
             for entry in self._connection.list_folder(inside).values():
-                if entry.name.endswith(".jinja") and entry.size <= _MAX_SIDE_FILE_BYTES:
+                if entry.name.endswith(".jinja") and entry.size <= MAX_SIDE_FILE_BYTES:
                     wanted[f"{TEMPLATE_DIRECTORY}/{entry.name}"] = entry
 
         def fetch(name: str) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from ckptavg.cli.options import debug_option, json_option
 from ckptavg.cli.render import (
     checkpoint_json,
     checkpoint_lines,
@@ -27,8 +28,8 @@ Examples:
 @click.option(
     "--state-key", metavar="KEY", help="Entry of torch files to look at, for example ema."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@json_option
+@debug_option
 def command(sources: tuple[str, ...], state_key: str | None, as_json: bool, debug: bool) -> None:
     """Show what is there: layout, step, tensors, dtypes, shapes, sizes, metadata.
 

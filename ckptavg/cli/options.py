@@ -102,17 +102,21 @@ output_options = _combined(
     ),
 )  # fmt: skip
 
+publish_options = _combined(
+    click.option("--private", is_flag=True, help="Make the repository private, if it is made now."),
+    click.option(
+        "--card", type=click.Path(dir_okay=False), metavar="FILE",
+        help="Markdown that the model card ends with, for example notes.md.",
+    ),
+)  # fmt: skip
+
 push_options = _combined(
     click.option(
         "--push", metavar="ORG/NAME[@BRANCH]",
         help="Publish OUT on the Hugging Face Hub when it is done, for example me/pythia-swa; "
         "several averages go to a branch each.",
     ),
-    click.option("--private", is_flag=True, help="Make the repository private, if it is made now."),
-    click.option(
-        "--card", type=click.Path(dir_okay=False), metavar="FILE",
-        help="Markdown that the model card ends with, for example notes.md.",
-    ),
+    publish_options,
 )  # fmt: skip
 
 reading_options = _combined(
@@ -151,10 +155,12 @@ machine_options = _combined(
     ),
 )  # fmt: skip
 
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+debug_option = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 talk_options = _combined(
-    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    json_option,
     click.option("--quiet", is_flag=True, help="Show no progress and no notes on stderr."),
-    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+    debug_option,
 )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from ckptavg.cli.options import debug_option, json_option, publish_options
 from ckptavg.cli.render import echo_json, echo_lines, echo_result
 from ckptavg.errors import AfterPublishError, UsageError, without_token
 
@@ -31,19 +32,13 @@ Examples:
     metavar="BRANCH",
     help="Branch to push to, made if need be, for example last5; default: main.",
 )
-@click.option("--private", is_flag=True, help="Make the repository private, if it is made now.")
+@publish_options
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
 @click.option(
     "--message", metavar="TEXT", help="First line of the commit's message; default: what it is."
 )
-@click.option(
-    "--card",
-    type=click.Path(dir_okay=False),
-    metavar="FILE",
-    help="Markdown that the model card ends with, for example notes.md.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@json_option
+@debug_option
 def command(
     directory: str,
     repo: str,
@@ -72,7 +67,7 @@ def command(
         card_text=_card_text(card),
     )
     if as_json:
-        echo_json(push_json(pushed))
+        echo_json(asdict(pushed))
     else:
         echo_lines([push_line(pushed)])
 
@@ -131,15 +126,12 @@ def push_and_echo(
     Raises:
         AfterPublishError: If a push fails or is interrupted; it says what finishes the work.
     """
+    pushed: list[PushResult] = []
     if not as_json:
         echo_result(result, done, as_json=False, quiet=quiet)
-    if push is None:
-        if as_json:
-            echo_result(result, done, as_json=True, quiet=quiet)
-        return
-    pushed: list[PushResult] = []
     try:
-        _push_outputs(result, push, pushed)
+        if push is not None:
+            _push_outputs(result, push, pushed)
     finally:
         if as_json:
             echo_result(result, done, as_json=True, quiet=quiet, pushed=pushed)
@@ -175,11 +167,6 @@ def push_line(pushed: "PushResult") -> str:
     """Return what a push says."""
     what = "pushed" if pushed.changed else "is there already"
     return f"{pushed.repo}@{pushed.revision}: {what}, commit {pushed.commit}; {pushed.url}"
-
-
-def push_json(pushed: "PushResult") -> dict[str, Any]:
-    """Return what a push prints as JSON."""
-    return asdict(pushed)
 
 
 def typed_command() -> str:

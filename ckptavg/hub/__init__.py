@@ -6,17 +6,20 @@
     catalog      which revisions and files there are
     remote_file  one file, read by ranges  ──►  read_ahead  several connections, bounded memory
     transport    every request: attempts, deadline, errors that say what to do
+    threads      calls beside each other, and calls that can be left
     connection   all of it, for one run
     push, card   a model directory, published with its card
 
-huggingface_hub takes a third of a second to import: it is, once something is asked of the Hub.
+huggingface_hub takes a third of a second to import: only what asks the Hub imports it, so this
+module does not.
 """
 
-from typing import TYPE_CHECKING, Any
-
 from ckptavg.hub.references import (
+    CARD_NAME,
     SCHEME,
     HubReference,
+    is_glob,
+    label_of,
     natural_order,
     parse_reference,
     pinned_reference,
@@ -24,30 +27,15 @@ from ckptavg.hub.references import (
 )
 from ckptavg.hub.shards import split_into_shards
 
-if TYPE_CHECKING:
-    from ckptavg.hub.catalog import Entry
-    from ckptavg.hub.connection import HubConnection
-
 __all__ = [
+    "CARD_NAME",
     "SCHEME",
-    "Entry",
-    "HubConnection",
     "HubReference",
+    "is_glob",
+    "label_of",
     "natural_order",
     "parse_reference",
     "pinned_reference",
     "reference_text",
     "split_into_shards",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "HubConnection":
-        from ckptavg.hub.connection import HubConnection
-
-        return HubConnection
-    if name == "Entry":
-        from ckptavg.hub.catalog import Entry
-
-        return Entry
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

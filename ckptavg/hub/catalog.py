@@ -7,7 +7,6 @@ goes.
 import difflib
 import fnmatch
 import os
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,8 +24,9 @@ from ckptavg.hub.references import (
     Ancestor,
     HubReference,
     is_commit,
+    is_glob,
+    label_of,
     natural_order,
-    reference_text,
 )
 from ckptavg.hub.transport import get_json, is_offline
 from ckptavg.tensors import HubRevision
@@ -172,7 +172,7 @@ def list_folder(found: HubRevision) -> dict[str, Entry]:
     if is_offline():
         return _cached_folder(found)
     path = f"/{quote(found.path)}" if found.path else ""
-    what = reference_text(found.repo, found.revision, found.path)
+    what = label_of(found)
     told = get_json(f"/api/models/{found.repo}/tree/{found.commit}{path}", what)
     try:
         entries = [_entry(one, found.path) for one in told]
@@ -210,7 +210,7 @@ def _matching_paths(found: HubRevision, reference: HubReference) -> list[HubRevi
     for pattern in reference.path.split("/"):
         inside: list[HubRevision] = []
         for folder in matches:
-            if not re.search(r"[*?\[]", pattern):
+            if not is_glob(pattern):
                 names = [pattern]
             else:
                 names = sorted(
@@ -259,7 +259,7 @@ def _cached_folder(found: HubRevision) -> dict[str, Entry]:
     # a link to what was removed from the cache is not there
     names = [path for path in sorted(folder.iterdir()) if path.exists()] if folder.is_dir() else []
     if not names:
-        what = reference_text(found.repo, found.revision, found.path)
+        what = label_of(found)
         raise SourceError(f"{what}: is not in the cache, and HF_HUB_OFFLINE is set")
     return {
         path.name: Entry(

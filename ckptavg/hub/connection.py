@@ -14,6 +14,7 @@ from ckptavg.hub.catalog import Entry, HubRepository
 from ckptavg.hub.read_ahead import CONNECTIONS, ReadAhead
 from ckptavg.hub.references import HubReference
 from ckptavg.hub.remote_file import HubFile, content_hash
+from ckptavg.hub.threads import in_parallel
 from ckptavg.hub.transport import is_offline, traffic, tried
 from ckptavg.tensors import HubRevision
 
@@ -93,7 +94,7 @@ class HubConnection:
 
     def map(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
         """Call a function for each item, several at once, and return what they give in order."""
-        return self._read_ahead.map(function, items)
+        return in_parallel(function, items, self._read_ahead.connections)
 
     def fit(self, max_bytes: int, n_files: int, largest_bytes: int) -> int:
         """Fit what is read ahead into memory; see ``ReadAhead.fit``."""

@@ -29,8 +29,8 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it exports 
 )
 
 from ckptavg.errors import CkptavgError, HubError, UsageError, without_token
-from ckptavg.hub.read_ahead import ReadAhead
-from ckptavg.hub.references import reference_text
+from ckptavg.hub.references import CARD_NAME, reference_text
+from ckptavg.hub.threads import in_parallel
 from ckptavg.hub.transport import (
     endpoint,
     headers,
@@ -41,7 +41,6 @@ from ckptavg.hub.transport import (
 )
 from ckptavg.tensors import PushResult
 
-CARD_NAME = "README.md"
 _FILES_AT_ONCE = 5
 _HAS_MOVED = 412  # what the Hub answers if the branch is not where a commit expects it
 _WEIGHTS = (
@@ -69,7 +68,7 @@ def push_folder(
     directory: Path,
     repo: str,
     *,
-    card: str | None,
+    card: str,
     revision: str | None = None,
     private: bool = False,
     create_pr: bool = False,
@@ -80,7 +79,7 @@ def push_folder(
     Args:
         directory: What to publish.
         repo: ``org/name``.
-        card: Content of the README.md; None takes that of the directory.
+        card: Content of the README.md, whatever the directory holds.
         revision: Branch; None is ``main``.
         private: Whether a repository that is made now is private.
         create_pr: Open a pull request instead of writing to the branch.
@@ -111,8 +110,8 @@ def push_folder(
             and any(fnmatch.fnmatchcase(name, one) for one in _WEIGHTS)
         ]
         removals = [CommitOperationDelete(name) for name in stale]
-        if card is not None:  # an error now is better than one after hours of sending
-            tried(lambda: _check_card(card, what), what)
+        # an error now is better than one after hours of sending
+        tried(lambda: _check_card(card, what), what)
         _send(api, repo, additions, branch=branch, create_pr=create_pr, what=what)
         made = _commit(
             api, repo, [*additions, *removals],
@@ -135,15 +134,12 @@ class _Made(NamedTuple):
     url: str | None = None
 
 
-def _additions(directory: Path, card: str | None) -> list[CommitOperationAdd]:
+def _additions(directory: Path, card: str) -> list[CommitOperationAdd]:
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     found = {path.relative_to(directory).as_posix(): path for path in files}
-    if card is not None:
-        found.pop(CARD_NAME, None)
+    found.pop(CARD_NAME, None)
     additions = [CommitOperationAdd(name, path) for name, path in found.items()]
-    if card is not None:
-        additions.append(CommitOperationAdd(CARD_NAME, card.encode("utf-8")))
-    return additions
+    return [*additions, CommitOperationAdd(CARD_NAME, card.encode("utf-8"))]
 
 
 def _check_card(card: str, what: str) -> None:
@@ -187,8 +183,8 @@ def _send(
             # hf_xet has tried again itself
             raise HubError(_upload_failed(what, error)) from error
 
-    ReadAhead(_FILES_AT_ONCE).map(
-        lambda part: tried(lambda: send(part), what, has_deadline=False), parts
+    in_parallel(
+        lambda part: tried(lambda: send(part), what, has_deadline=False), parts, _FILES_AT_ONCE
     )
 
 

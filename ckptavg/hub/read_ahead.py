@@ -6,12 +6,8 @@ part goes when its memory is needed.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future
-from contextlib import suppress
 from threading import Condition, Event, Thread
 from time import monotonic, thread_time
-from typing import TypeVar
 
 from ckptavg.errors import HubError
 from ckptavg.hub.remote_file import HubFile
@@ -24,9 +20,6 @@ _OLD_ROUNDS = 4  # a segment that is still being read is used more often
 _POLL_SECONDS = 0.2
 _FIRST_CONNECTIONS = 2
 _TRIAL_SECONDS = 0.1  # of fetching, after which it is clear whether it waits for the network
-
-A = TypeVar("A")
-B = TypeVar("B")
 
 
 class _Segment:
@@ -62,7 +55,7 @@ class ReadAhead:
             connections: Requests that may be under way at once.
         """
         self.cancelled = Event()
-        self._connections = connections
+        self.connections = connections
         self._changed = Condition()
         self._segments: dict[tuple[HubFile, int], _Segment] = {}  # those used last are last
         self._queue: deque[_Segment] = deque()
@@ -93,39 +86,6 @@ class ReadAhead:
         self._n_ahead = max(1, min(by_memory, _MAX_AHEAD))
         self._max_segments = max(2, (1 + self._n_ahead) * n_files)
         return self._max_segments * self._segment_bytes
-
-    def map(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
-        """Call a function for each item, several at once, and return what they give in order.
-
-        An error ends it once the calls under way are over; an interrupt waits for none of them.
-        """
-        waiting = deque((item, Future[B]()) for item in items)
-        futures = [future for _, future in waiting]
-
-        def work() -> None:
-            with suppress(IndexError):  # nothing waits any more
-                while True:
-                    item, future = waiting.popleft()
-                    try:
-                        future.set_result(function(item))
-                    except BaseException as error:
-                        future.set_exception(error)
-
-        # no pool: the interpreter waits for its threads, and they may wait for a silent server
-        n_threads = min(self._connections, len(futures))
-        threads = [Thread(target=work, daemon=True) for _ in range(n_threads)]
-        for thread in threads:
-            thread.start()
-        try:
-            return [future.result() for future in futures]
-        except Exception:
-            waiting.clear()
-            for thread in threads:
-                thread.join()
-            raise
-        except BaseException:
-            waiting.clear()
-            raise
 
     def read_into(self, file: HubFile, offset: int, buffer: memoryview) -> None:
         """Fill a buffer; raises what fetching raised."""
@@ -296,7 +256,7 @@ class ReadAhead:
         if self._trial_seconds < _TRIAL_SECONDS:
             return
         if self._trial_cpu_seconds < self._trial_seconds / 5:
-            self._n_allowed = min(self._n_allowed + 1, self._connections)
+            self._n_allowed = min(self._n_allowed + 1, self.connections)
             if self._queue:
                 self._start_thread()
         self._trial_seconds = self._trial_cpu_seconds = 0.0

@@ -20,6 +20,7 @@ from urllib.parse import unquote
 
 from ckptavg.tensors import HubRevision
 
+CARD_NAME = "README.md"  # what the Hub shows of a repository
 DEFAULT_REVISION = "main"
 SCHEME = "hf://"
 _ID = r"[\w-][\w.-]{0,95}"
@@ -61,12 +62,12 @@ class HubReference:
     @property
     def revision_is_glob(self) -> bool:
         """Whether the revision is a pattern."""
-        return bool(_GLOB_CHARACTERS.search(self.revision))
+        return is_glob(self.revision)
 
     @property
     def path_is_glob(self) -> bool:
         """Whether the path is a pattern."""
-        return bool(_GLOB_CHARACTERS.search(self.path))
+        return is_glob(self.path)
 
     @property
     def commit_range(self) -> tuple[Ancestor, Ancestor] | None:
@@ -110,6 +111,16 @@ def reference_text(repo: str, revision: str, path: str = "") -> str:
 def pinned_reference(found: HubRevision) -> str:
     """Write a reference that means the same for ever."""
     return SCHEME + reference_text(found.repo, found.commit, found.path)
+
+
+def label_of(found: HubRevision) -> str:
+    """Write a revision as it was asked for: what messages call it."""
+    return reference_text(found.repo, found.revision, found.path)
+
+
+def is_glob(text: str) -> bool:
+    """Tell whether a text holds ``*``, ``?`` or ``[``."""
+    return bool(_GLOB_CHARACTERS.search(text))
 
 
 def is_commit(revision: str) -> bool:

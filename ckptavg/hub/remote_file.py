@@ -18,6 +18,7 @@ from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url
 
 from ckptavg.errors import CheckpointError, HubError
 from ckptavg.hub.references import SCHEME, reference_text
+from ckptavg.hub.threads import in_parallel
 from ckptavg.hub.transport import (
     Attempts,
     address_timeout,
@@ -94,35 +95,32 @@ class HubFile:
             content = self._keep(0, nbytes)
             self.add_to_hash(memoryview(content))
             return content
-        at = bisect_right(self._starts, offset) - 1
-        if at >= 0 and offset + nbytes <= self._starts[at] + len(self._seen[at]):
-            first = offset - self._starts[at]
-            return self._seen[at][first : first + nbytes]
+        end = offset + nbytes
+        for start, seen in zip(self._starts, self._seen, strict=True):
+            if start <= offset and end <= start + len(seen):
+                return seen[offset - start : end - start]
         if offset == 0:  # more will be wanted
-            self._keep(0, min(self.size, max(nbytes, _FIRST_READ_BYTES)))
-            return self._seen[0][:nbytes]
-        if self._starts and offset < self._starts[0] + len(self._seen[0]) and not self._starts[0]:
-            known = self._seen[0]  # a header that is longer than what was read first
-            rest = self._fetched(len(known), offset + nbytes - len(known))
-            self._seen[0] = known + rest
-            return self._seen[0][offset : offset + nbytes]
+            return self._keep(0, min(self.size, max(nbytes, _FIRST_READ_BYTES)))[:nbytes]
+        if offset < self._head_bytes < end:  # a header that is longer than what was read first
+            self._seen[0] += self._fetched(self._head_bytes, end - self._head_bytes)
+            return self._seen[0][offset:end]
         return self._keep(offset, nbytes)
 
     def prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Read small ranges (offset, bytes) at once that will be asked for one by one."""
         merged: list[list[int]] = []
         for offset, nbytes in sorted(ranges):
+            start = max(offset, self._head_bytes)  # the head is there
             end = min(offset + nbytes, self.size)
-            if merged and offset <= merged[-1][1] + _MERGED_GAP_BYTES:
+            if merged and start <= merged[-1][1] + _MERGED_GAP_BYTES:
                 merged[-1][1] = max(merged[-1][1], end)
-            else:
-                merged.append([max(offset, 0), end])
-        if merged and self._starts and merged[0][0] <= self._starts[0] == 0:
-            merged[0][0] = min(len(self._seen[0]), merged[0][1])  # the head is there
-        wanted = [(start, end - start) for start, end in merged if end > start]
-        for (start, _), content in zip(
-            wanted, self._read_ahead.map(lambda one: self._fetched(*one), wanted), strict=True
-        ):
+            elif start < end:
+                merged.append([start, end])
+        wanted = [(start, end - start) for start, end in merged]
+        contents = in_parallel(
+            lambda one: self._fetched(*one), wanted, self._read_ahead.connections
+        )
+        for (start, _), content in zip(wanted, contents, strict=True):
             self._insert(start, content)
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
@@ -274,6 +272,11 @@ class HubFile:
                 f"{self.label}: the server sends bytes {begins} to {ends} of {size}, asked for "
                 f"were {first} to {last} of {self.size}"
             )
+
+    @property
+    def _head_bytes(self) -> int:
+        """How many bytes at the beginning were read; 0 if what was read begins elsewhere."""
+        return len(self._seen[0]) if self._starts[:1] == [0] else 0
 
     def _located(self) -> _Location:
         with self._location_lock:

@@ -9,9 +9,8 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
 from contextlib import contextmanager
-from threading import Event, Lock, Thread
+from threading import Event, Lock
 from time import monotonic
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -34,13 +33,13 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it exports 
 
 from ckptavg._version import __version__
 from ckptavg.errors import CkptavgError, HubError, SourceError, without_token
+from ckptavg.hub.threads import in_time
 
 DEADLINE_SECONDS = 600.0  # of one request, with all its attempts; a quota lasts 300
 TEMPORARY_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 TRANSPORT_ERRORS = (httpx.HTTPError, OSError)
 _MAX_ATTEMPTS = 6
 _MAX_CONNECT_ATTEMPTS = 3
-_POLL_SECONDS = 0.2
 _MANY_ATTEMPTS = 1000  # the deadline comes first
 _FIRST_WAIT_SECONDS = 0.5
 _MAX_WAIT_SECONDS = 20.0
@@ -124,11 +123,9 @@ class Attempts:
         self.check()
 
 
-def headers(token: bool | None = None) -> dict[str, str]:
+def headers() -> dict[str, str]:
     """Return the headers of a request to the Hub, the user's token among them."""
-    built: dict[str, str] = build_hf_headers(
-        token=token, library_name="ckptavg", library_version=__version__
-    )
+    built: dict[str, str] = build_hf_headers(library_name="ckptavg", library_version=__version__)
     return built
 
 
@@ -230,26 +227,7 @@ def tried(call: Callable[[], T], what: str, *, has_deadline: bool = True) -> T:
     attempts = Attempts(what)
     while True:
         with answering(attempts, what):
-            return _in_time(call, attempts) if has_deadline else call()
-
-
-def _in_time(call: Callable[[], T], attempts: Attempts) -> T:
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    Thread(target=run, daemon=True).start()
-    while True:
-        try:
-            return future.result(timeout=_POLL_SECONDS)
-        except TimeoutError:
-            if future.done():  # it is the call's own
-                raise
-            attempts.check()
+            return in_time(call, attempts.check) if has_deadline else call()
 
 
 def refuse_failure(response: Any, what: str) -> None:
