@@ -87,6 +87,8 @@ class RenamedCheckpoint:
         self.layout: str = checkpoint.layout
         self.step: int | None = checkpoint.step
         self.epoch: int | None = checkpoint.epoch
+        self.learning_rate: float | None = checkpoint.learning_rate
+        self.metrics: Mapping[str, float] = checkpoint.metrics
         self.notes: Sequence[str] = checkpoint.notes
         self.files: Sequence[FileStamp] = checkpoint.files
         self.folder: Folder | None = checkpoint.folder

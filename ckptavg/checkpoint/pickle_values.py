@@ -46,6 +46,11 @@ class Storage:
     dtype: DType | None
     numel: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its elements."""
+        return self.numel * (self.dtype.itemsize if self.dtype else 1)
+
 
 @dataclass(frozen=True, slots=True)
 class TensorView:

@@ -22,6 +22,8 @@ class Checkpoint(Protocol):
         metadata: The file's own string map, where the format has one.
         step: Training step, where metadata or name tell; None otherwise.
         epoch: Training epoch, likewise.
+        learning_rate: What the trainer wrote of it; the first parameter group's, where several.
+        metrics: What the trainer measured at this step, by name: ``eval_loss``, ...
         notes: What a user should know about how this checkpoint was read, one sentence each.
         files: The files read, with what identifies their content.
         folder: The folder whose side files (config, tokenizer) belong to this checkpoint; None
@@ -39,6 +41,8 @@ class Checkpoint(Protocol):
     metadata: Mapping[str, str]
     step: int | None
     epoch: int | None
+    learning_rate: float | None
+    metrics: Mapping[str, float]
     notes: Sequence[str]
     files: Sequence[FileStamp]
     folder: Folder | None

@@ -38,6 +38,8 @@ class StoredCheckpoint:
     metadata: Mapping[str, str] = field(default_factory=dict)
     step: int | None = None
     epoch: int | None = None
+    learning_rate: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
     folder: Folder | None = None
     revision: HubRevision | None = None

@@ -1,0 +1,91 @@
+"""A torch file of today's format: a zip of stored members whose pickle says what they are."""
+
+from collections.abc import Iterable
+from typing import Any
+from zlib import crc32
+
+from ckptavg.checkpoint.files import ReadableFile
+from ckptavg.checkpoint.pickle_values import Storage
+from ckptavg.checkpoint.pickles import read_pickle
+from ckptavg.checkpoint.zip_directory import Member, ZipDirectory
+from ckptavg.errors import CheckpointError
+
+_MAX_PICKLE_BYTES = 64 * 2**20
+
+
+class TorchZip:
+    """What ``torch.save`` writes since torch 1.6.
+
+    Attributes:
+        root: The inert value that its pickle describes; see ``read_pickle``.
+    """
+
+    def __init__(self, file: ReadableFile) -> None:
+        """Read the archive's directory and its pickle.
+
+        Raises:
+            CheckpointError: If it is damaged, a program, or needs code to be read.
+        """
+        self._file = file
+        self._directory = ZipDirectory(file)
+        self._data_offsets: dict[str, int] = {}
+        members = self._directory.members
+        pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
+        if len(pickles) != 1:
+            raise self._refuse(
+                "is a zip file, but not one that torch.save wrote: it has no data.pkl"
+            )
+        self._top = pickles[0].removesuffix("data.pkl")
+        if f"{self._top}constants.pkl" in members or any(
+            name.startswith(f"{self._top}code/") for name in members
+        ):
+            raise self._refuse(
+                "is a TorchScript archive, which is a program; save its state_dict() "
+                "with torch.save and average that"
+            )
+        byteorder = members.get(f"{self._top}byteorder")
+        if byteorder is not None and self._read(byteorder, 64) != b"little":
+            raise self._refuse("was written on a big-endian machine")
+        self.root: Any = read_pickle(self._read(members[pickles[0]], _MAX_PICKLE_BYTES), file.label)
+
+    def prefetch(self, storages: Iterable[Storage]) -> None:
+        """Have the headers read at once of storages that will be located."""
+        keys = {storage.key for storage in storages}
+        members = (self._directory.members.get(f"{self._top}data/{key}") for key in keys)
+        self._directory.prefetch_headers(member for member in members if member is not None)
+
+    def locate(self, storage: Storage, name: str) -> int:
+        """Return where the bytes of a storage begin in the file.
+
+        Args:
+            storage: Which one.
+            name: The tensor that needs it, for messages.
+
+        Raises:
+            CheckpointError: If it is not there, or not as long as the pickle says.
+        """
+        member = self._directory.members.get(f"{self._top}data/{storage.key}")
+        if member is None:
+            raise self._refuse(f"the storage of tensor '{name}' is missing")
+        if member.nbytes != storage.nbytes:  # each reference to a storage states its size anew
+            raise self._refuse(
+                f"the storage of tensor '{name}' has {member.nbytes} bytes, "
+                f"expected {storage.nbytes}"
+            )
+        if storage.key not in self._data_offsets:
+            self._data_offsets[storage.key] = self._directory.data_offset(member)
+        return self._data_offsets[storage.key]
+
+    def _read(self, member: Member, max_bytes: int) -> bytes:
+        if member.nbytes > max_bytes:
+            raise self._refuse(
+                f"its {member.name} has {member.nbytes} bytes, at most {max_bytes} are allowed"
+            )
+        raw = self._file.read(self._directory.data_offset(member), member.nbytes)
+        # 0 in the directory: torch was told not to compute it
+        if member.crc32 and crc32(raw) != member.crc32:
+            raise self._refuse(f"its {member.name} is damaged (CRC-32 differs)")
+        return raw
+
+    def _refuse(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self._file.label}: {what}")
