@@ -2,7 +2,8 @@
 
 from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.checkpoint.safetensors import read_header
-from ckptavg.checkpoint.stored import Place, StoredCheckpoint
+from ckptavg.checkpoint.sharded import Place
+from ckptavg.checkpoint.stored import StoredCheckpoint
 from ckptavg.checkpoint.torch_file import open_torch_file
 from ckptavg.errors import CheckpointError
 

@@ -59,6 +59,10 @@ class HubFolder:
         """Return the bytes of a file."""
         return self._entries[name].size if name in self._entries else 0
 
+    def inside(self, name: str) -> "HubFolder":
+        """Return a folder in it; asks the Hub what is there."""
+        return HubFolder(self._found._replace(path=self._path(name)), self._connection)
+
     def open(self, name: str, label: str) -> ReadableFile:
         """Open a file in it, from the cache if it is there; what is read from the Hub is kept."""
         entry = self._entries.get(name)
