@@ -17,20 +17,15 @@ from ckptavg.average import (
 from ckptavg.checkpoint import Checkpoint, normalise_names
 from ckptavg.destination import check_destination
 from ckptavg.errors import CkptavgError, MemoryBudgetError, SourceError, UsageError
+from ckptavg.gathering import close_all, open_source, open_sources, order_by_position
 from ckptavg.plan import DEFAULT_MAX_SHARD_BYTES, AveragePlan, plan_average
 from ckptavg.processes import Processes
 from ckptavg.provenance import earlier_provenance, last_averaged
 from ckptavg.recipe import Recipe, Scheme, parse_scheme
 from ckptavg.results import BnPass
+from ckptavg.selection import Selection
 from ckptavg.side_files import SideFile, find_side_files, inherited_front_matter
-from ckptavg.sources import (
-    HubAccess,
-    Source,
-    close_all,
-    open_source,
-    open_sources,
-    order_by_position,
-)
+from ckptavg.sources import HubAccess, Source
 from ckptavg.tensors import HubRevision
 
 if TYPE_CHECKING:
@@ -86,6 +81,7 @@ def prepared_average(
     output: str | Path,
     recipe: Recipe,
     *,
+    selection: Selection | None = None,
     state_key: str | None = None,
     strip_prefixes: Sequence[str] = (),
     device: str = "auto",
@@ -112,7 +108,7 @@ def prepared_average(
             raise UsageError(f"{name} is {value}, expected at least 1")
     hub = HubAccess(cache=cache, connections=n_threads)
     with _telling_what_was_fetched(hub):
-        opened, notes = open_sources(sources, state_key=state_key, hub=hub)
+        opened, notes = open_sources(sources, state_key=state_key, hub=hub, selection=selection)
     try:
         order = order_by_position(opened)
         if order != list(range(len(opened))):

@@ -24,7 +24,7 @@ from ckptavg.checkpoint.state_dict import (
 from ckptavg.checkpoint.stored import StoredCheckpoint
 from ckptavg.checkpoint.torch_file import place_view
 from ckptavg.checkpoint.torch_zip import TorchZip
-from ckptavg.errors import CheckpointError
+from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 from ckptavg.tensors import TensorInfo
 
 LAYOUT = "torch.distributed.checkpoint directory"
@@ -46,7 +46,7 @@ class _Range:
         self.file, self.offset, self.size = file, stored.offset, stored.nbytes
         self.path, self.label, self.stamp = file.path, file.label, file.stamp
         if stored.offset + stored.nbytes > file.size:
-            raise CheckpointError(
+            raise IncompleteCheckpointError(
                 f"{file.label}: has {file.size} bytes, but {METADATA_NAME} describes "
                 f"{stored.offset + stored.nbytes}: it is truncated"
             )
@@ -88,7 +88,9 @@ class _Files:
         if name not in self.opened:
             label = f"{self._folder.label}/{name}"
             if not self._folder.has(name):
-                raise CheckpointError(f"{label}: is missing; {METADATA_NAME} says it is there")
+                raise IncompleteCheckpointError(
+                    f"{label}: is missing; {METADATA_NAME} says it is there"
+                )
             self.opened[name] = self._folder.open(name, label)
         return _Range(self.opened[name], stored)
 

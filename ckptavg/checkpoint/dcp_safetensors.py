@@ -16,7 +16,7 @@ from ckptavg.checkpoint.folder import Folder
 from ckptavg.checkpoint.safetensors import SafetensorsHeader, read_header
 from ckptavg.checkpoint.sharded import AnyPlace, Part, Place, assembled
 from ckptavg.checkpoint.stored import StoredCheckpoint
-from ckptavg.errors import CheckpointError
+from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 from ckptavg.tensors import TensorInfo
 
 SHARDING_INFO = "DCP_SHARDING_INFO"
@@ -42,7 +42,7 @@ def open_dcp_safetensors(folder: Folder, names: Sequence[str]) -> StoredCheckpoi
     numbers = sorted({int(match[1]) for name in names if (match := _SHARD.fullmatch(name))})
     missing = set(range(1, numbers[-1] + 1)) - set(numbers)
     if missing:
-        raise CheckpointError(
+        raise IncompleteCheckpointError(
             f"{folder.label}: the file of process {min(missing)} is missing; there are "
             f"{numbers[-1]} of them (shard-{min(missing):05d}-...)"
         )

@@ -1,5 +1,6 @@
 """Model directories in the Hugging Face layouts: one weight file, or shards and an index."""
 
+import re
 from collections.abc import Sequence
 
 from ckptavg.checkpoint.dcp import open_dcp
@@ -14,10 +15,12 @@ from ckptavg.checkpoint.folder import (
     read_json,
 )
 from ckptavg.checkpoint.formats import open_file
+from ckptavg.checkpoint.position import Position, position_from_name
 from ckptavg.checkpoint.sharded import AnyPlace
 from ckptavg.checkpoint.stored import StoredCheckpoint
-from ckptavg.checkpoint.trainer_layouts import open_trainer_layout
-from ckptavg.errors import CheckpointError
+from ckptavg.checkpoint.trainer_layouts import is_trainer_layout, open_trainer_layout
+from ckptavg.checkpoint.trainer_state import add_trainer_state
+from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 from ckptavg.tensors import TensorInfo
 
 _INDEXED = (
@@ -25,6 +28,7 @@ _INDEXED = (
     ("pytorch_model.bin.index.json", "pytorch_model.bin", "sharded torch directory"),
 )
 _MAX_SHARDS = 10_000
+_SHARD = re.compile(r"(model|pytorch_model)-(\d+)-of-(\d+)\.(safetensors|bin)")
 _TIED_INPUT_SUFFIXES = (
     "embed_tokens.weight",
     "wte.weight",
@@ -52,9 +56,26 @@ def open_directory(folder: Folder, *, state_key: str | None) -> StoredCheckpoint
     except BaseException:
         checkpoint.close()
         raise
-    if state is not None and type(state.get("global_step")) is int:
-        checkpoint.step = state["global_step"]
+    if state is not None:
+        add_trainer_state(checkpoint, state)
     return checkpoint
+
+
+def holds_weights(folder: Folder) -> bool:
+    """Tell by the names in a folder whether it is a checkpoint, be it one that is not read."""
+    names = folder.names()
+    single = [
+        name for name in names if name.endswith(".safetensors") and not folder.is_folder(name)
+    ]
+    return (
+        any(folder.has(name) for names in _INDEXED for name in names[:2])
+        or folder.has(METADATA_NAME)
+        or folder.has("adapter_config.json")
+        or any(map(is_dcp_shard, names))
+        or any(_SHARD.fullmatch(name) for name in names)
+        or is_trainer_layout(folder, names)
+        or (len(single) == 1 and position_from_name(single[0]) == Position(None, None))
+    )
 
 
 def _open_weights(folder: Folder, state_key: str | None) -> StoredCheckpoint:
@@ -85,6 +106,11 @@ def _open_weights(folder: Folder, state_key: str | None) -> StoredCheckpoint:
     checkpoint = open_trainer_layout(folder, state_key=state_key)
     if checkpoint is not None:
         return checkpoint
+    shards = [name for name in names if _SHARD.fullmatch(name)]
+    if shards:
+        raise IncompleteCheckpointError(
+            f"{label}: holds shards ({shards[0]}), but no index, which is written last"
+        )
     for suffixes, kind in ((".safetensors", "safetensors"), (TORCH_SUFFIXES, "torch")):
         others = [one for one in names if one.endswith(suffixes) and not is_training_state(one)]
         if len(others) == 1:
@@ -94,7 +120,12 @@ def _open_weights(folder: Folder, state_key: str | None) -> StoredCheckpoint:
                 f"{label}: holds {len(others)} {kind} files ({', '.join(others[:3])}, ...) and no "
                 "index that makes them one model; name the file itself"
             )
-    raise CheckpointError(f"{label}: holds no weights{_what_it_holds(folder, names)}")
+    if any(name.endswith(".distcp") for name in names):
+        raise IncompleteCheckpointError(
+            f"{label}: holds parts of a distributed checkpoint, but no {METADATA_NAME}, which is "
+            "written last"
+        )
+    raise IncompleteCheckpointError(f"{label}: holds no weights{_what_it_holds(folder, names)}")
 
 
 def _what_it_holds(folder: Folder, names: Sequence[str]) -> str:
@@ -131,7 +162,7 @@ def _open_sharded(
     try:
         for shard_name, listed in names_by_shard.items():
             if not folder.has(shard_name):
-                raise CheckpointError(
+                raise IncompleteCheckpointError(
                     f"{label}: the shard {shard_name} is missing; {index_name} lists "
                     f"{len(names_by_shard)} shards"
                 )

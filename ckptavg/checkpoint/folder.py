@@ -40,6 +40,7 @@ _TRAINING_STATE = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
+WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 
 
 class Folder(Protocol):

@@ -9,7 +9,7 @@ import numpy as np
 
 from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.checkpoint.strided import blocks, is_row_major, read_box
-from ckptavg.errors import CheckpointError
+from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 from ckptavg.tensors import TensorInfo
 
 _MAX_PARTS = 100_000
@@ -164,7 +164,7 @@ def _check_cover(info: TensorInfo, parts: Sequence[Part], what: str) -> None:
         inside[...] = True
     found = sum(prod(part.shape) for part in parts)
     if found != info.numel:
-        raise CheckpointError(
+        raise IncompleteCheckpointError(
             f"{what} has {info.numel} elements, but its parts hold {found}: a file of the "
             "checkpoint is missing or unfinished"
         )

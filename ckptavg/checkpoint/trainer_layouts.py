@@ -12,6 +12,7 @@ from ckptavg.checkpoint.dcp_metadata import METADATA_NAME
 from ckptavg.checkpoint.dcp_safetensors import is_dcp_shard, open_dcp_safetensors
 from ckptavg.checkpoint.folder import Folder
 from ckptavg.checkpoint.formats import open_file
+from ckptavg.checkpoint.position import Position, position_from_name
 from ckptavg.checkpoint.stored import StoredCheckpoint
 from ckptavg.errors import CheckpointError
 
@@ -63,6 +64,18 @@ _REFUSED: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 
 
+def is_trainer_layout(folder: Folder, names: Sequence[str]) -> bool:
+    """Tell by names whether a folder is a checkpoint of one of the layouts that are read here."""
+    steps = [name for name in names if _DEEPSPEED_STEP.fullmatch(name)]
+    return (
+        ACCELERATE_FSDP_FILE in names
+        or any(map(_DEEPSPEED_WEIGHTS.fullmatch, names))
+        or any(map(_DEEPSPEED_ZERO3.fullmatch, names))
+        or (len(steps) == 1 and ("latest" in names or "trainer_state.json" in names))
+        or bool(_distributed_inside(folder, names))
+    )
+
+
 def open_trainer_layout(folder: Folder, *, state_key: str | None) -> StoredCheckpoint | None:
     """Open what a trainer left in a directory; None if it is none of the layouts known here.
 
@@ -96,10 +109,9 @@ def _deepspeed(
     steps = [name for name in names if _DEEPSPEED_STEP.fullmatch(name) and folder.is_folder(name)]
     inner, prefix, root = folder, "", folder.label
     if steps:
-        tag = _latest(folder) or (steps[0] if len(steps) == 1 else "")
-        if tag not in steps:
-            return None  # several, and nothing says which: a run, not a checkpoint
-        inner, prefix = folder.inside(tag), f"{tag}/"
+        if len(steps) > 1:
+            return None  # a run, not a checkpoint
+        inner, prefix = folder.inside(steps[0]), f"{steps[0]}/"
         names = inner.names()
     else:
         root = folder.label.rpartition("/")[0] or "."
@@ -132,17 +144,6 @@ def _deepspeed(
     return checkpoint
 
 
-def _latest(folder: Folder) -> str | None:
-    """Return what DeepSpeed's file ``latest`` says."""
-    if not folder.has("latest") or folder.is_folder("latest") or folder.size("latest") > 4096:
-        return None
-    file = folder.open("latest", f"{folder.label}/latest")
-    try:
-        return file.read(0, file.size).decode("utf-8", "replace").strip()
-    finally:
-        file.close()
-
-
 def _inner_dcp(
     folder: Folder, names: Sequence[str], state_key: str | None
 ) -> StoredCheckpoint | None:
@@ -150,13 +151,7 @@ def _inner_dcp(
 
     accelerate calls it ``pytorch_model_fsdp_0``, OLMo-core ``model_and_optim``, NeMo ``weights``.
     """
-    found = []
-    for name in names:
-        if folder.is_folder(name) and not _OPTIMIZER_FOLDER.fullmatch(name):
-            inner = folder.inside(name)
-            shards = [one for one in inner.names() if is_dcp_shard(one)]
-            if shards or inner.has(METADATA_NAME):
-                found.append((name, inner, shards))
+    found = _distributed_inside(folder, names)
     if not found:
         return None
     if len(found) > 1:
@@ -171,6 +166,22 @@ def _inner_dcp(
         checkpoint = open_dcp(inner, state_key=state_key)
     checkpoint.label = folder.label
     return checkpoint
+
+
+def _distributed_inside(
+    folder: Folder, names: Sequence[str]
+) -> list[tuple[str, Folder, list[str]]]:
+    """Return the folders inside that are distributed checkpoints, with their safetensors parts."""
+    found = []
+    for name in names:
+        is_step = position_from_name(name) != Position(None, None)
+        if is_step or _OPTIMIZER_FOLDER.fullmatch(name) or not folder.is_folder(name):
+            continue
+        inner = folder.inside(name)
+        shards = [one for one in inner.names() if is_dcp_shard(one)]
+        if shards or inner.has(METADATA_NAME):
+            found.append((name, inner, shards))
+    return found
 
 
 def _open_inside(
