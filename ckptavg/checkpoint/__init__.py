@@ -86,10 +86,11 @@ def _placed(checkpoint: StoredCheckpoint, *names: str) -> StoredCheckpoint:
     """Fill in what the names of a checkpoint tell of its place in training."""
     for name in names:
         told = position_from_name(name)
-        # metadata written by the trainer wins over names
+        # metadata written by the trainer wins over names; timm calls epoch 12 checkpoint-12
+        step = None if told.step == checkpoint.epoch else told.step
         checkpoint = replace(
             checkpoint,
-            step=told.step if checkpoint.step is None else checkpoint.step,
+            step=step if checkpoint.step is None else checkpoint.step,
             epoch=told.epoch if checkpoint.epoch is None else checkpoint.epoch,
         )
     return checkpoint

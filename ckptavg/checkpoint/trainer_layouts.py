@@ -33,7 +33,9 @@ _REFUSED: tuple[tuple[re.Pattern[str], str], ...] = (
         "is read as it is",
     ),
     (
-        re.compile(r"pytorch_model_fsdp_rank\d+\.bin|.*model_rank_?\d+\.pt|.*_fsdp_rank_?\d+.*"),
+        re.compile(
+            r"pytorch_model_fsdp(_\d+)?_rank\d+\.bin|.*model_rank_?\d+\.pt|.*_fsdp_rank_?\d+.*"
+        ),
         "holds the flat shards of single FSDP processes ({name}), which do not say what they are "
         "part of; save with SHARDED_STATE_DICT or FULL_STATE_DICT",
     ),

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -19,7 +19,7 @@ import click
 
 from .contenders import PEERS, can_read, ckptavg, ckptavg_command, is_installed, peer
 from .hub import hub_contenders, served
-from .inputs import SETS, InputError, InputSet, make_inputs
+from .inputs import LAYOUTS, SETS, InputError, InputSet, make_inputs
 from .measure import BenchmarkError, Contender, Run, measure, memory_warning, ratio, typical
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -324,6 +324,38 @@ def schemes(set_name: str, n_schemes: int, checkpoints: int, **common: Any) -> N
         runs = bench.measure(inputs, contenders, schemes=wanted)
         click.echo(f"\n{_described(inputs)}, on {bench.device}: {', '.join(wanted)}")
         _echo_schemes(runs)
+
+
+@main.command()
+@common_options
+@checkpoints_option(2)
+def layouts(checkpoints: int, **common: Any) -> None:
+    """Compare averaging the same 16 float32 matrices out of several layouts.
+
+    Whole in a safetensors or torch file; in rows (FSDP) or columns (tensor parallel) over four
+    processes in torch.distributed.checkpoint directories. "x" above 1 is faster than safetensors.
+
+    \b
+    Example:
+      python -m tests.benchmarks layouts --gb 3.2 --checkpoints 2 --json layouts.json
+    """
+    with prepared(**common) as bench:
+        sets = [bench.make(name, checkpoints) for name in LAYOUTS]
+        contenders = [
+            replace(
+                ckptavg(inputs, bench.outputs / inputs.name, bench.device),
+                name=inputs.name.removeprefix("matrices-"),
+            )
+            for inputs in sets
+        ]
+        runs = bench.measure(sets[0], contenders)
+        click.echo(f"\n{_described(sets[0])}, on {bench.device}")
+        first = next(iter(runs.values()))
+        rows = [
+            [name, f"{typical(own):.3f}", f"{ratio(first, own):.2f}", *_memory(own)]
+            for name, own in runs.items()
+        ]
+        _echo_table("layout,wall s,x safetensors,RssAnon MB,device MB", rows)
 
 
 def spread_counts(checkpoints: int, n_schemes: int) -> list[int]:

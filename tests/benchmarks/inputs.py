@@ -16,10 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .dcp import write_dcp
+
 Specs = dict[str, tuple[tuple[int, ...], str]]  # name: shape, and dtype as safetensors spells it
 
 SETS = ("llama-bf16", "llama-f32", "llama-pt", "resnet50-f32", "resnet50-pth")
-_SUFFIXES = {"llama-pt": ".pt", "resnet50-f32": ".safetensors", "resnet50-pth": ".pth"}
+# the same 16 matrices: whole, in rows over 4 processes, in columns over 4 processes
+LAYOUTS = ("matrices-safetensors", "matrices-pt", "matrices-dcp", "matrices-dcp-columns")
+_N_MATRICES = 16
+_SUFFIXES = {
+    "llama-pt": ".pt", "resnet50-f32": ".safetensors", "resnet50-pth": ".pth",
+    "matrices-safetensors": ".safetensors", "matrices-pt": ".pt",
+}  # fmt: skip
 _BLOCK_LENGTH = 4_194_301  # values
 _ITEM_BYTES = {"BF16": 2, "F32": 4, "I64": 8}
 _N_SHARDS = 2
@@ -52,18 +60,20 @@ def make_inputs(
 ) -> InputSet:
     """Make what is missing of a set of checkpoints in ``work``; use again what is there.
 
-    ``nbytes`` is the size of one Llama checkpoint, met within 5 %; ResNet-50 has the size it has.
+    ``nbytes`` is the size of one checkpoint, met within 5 %; ResNet-50 has the size it has.
 
     Raises:
         InputError: If the disk is too small, or no Llama has about that size.
     """
-    if name not in SETS:
-        raise InputError(f"no set is named '{name}'; there are {', '.join(SETS)}")
+    if name not in (*SETS, *LAYOUTS):
+        raise InputError(f"no set is named '{name}'; there are {', '.join((*SETS, *LAYOUTS))}")
     folder, config = work / "inputs" / name, {}
     if name.startswith("llama"):
         folder = folder.with_name(f"{name}-{nbytes}")
         config = _llama_config(nbytes, "F32" if name == "llama-f32" else "BF16")
     specs = _llama_specs(config) if config else _resnet50_specs()
+    if name in LAYOUTS:
+        folder, specs = folder.with_name(f"{name}-{nbytes}"), _matrix_specs(nbytes)
     checkpoint_nbytes = _nbytes(specs)
     steps = range(1, n_checkpoints + 1)
     paths = {step: folder / f"step-{step}{_SUFFIXES.get(name, '')}" for step in steps}
@@ -80,6 +90,8 @@ def make_inputs(
             _write_torch_file(partial, specs, values)
         elif paths[step].suffix == ".safetensors":
             _write_safetensors(partial, specs, values)
+        elif "dcp" in name:
+            write_dcp(partial, specs, values.pieces, columns=name.endswith("columns"))
         else:
             _write_directory(partial, specs, values, config)
         partial.rename(paths[step])
@@ -151,6 +163,11 @@ def _llama_specs(config: dict[str, Any]) -> Specs:
     shapes |= {"model.norm": (hidden,), "lm_head": (config["vocab_size"], hidden)}
     code = {"bfloat16": "BF16", "float32": "F32"}[config["torch_dtype"]]
     return {f"{name}.weight": (shape, code) for name, shape in shapes.items()}
+
+
+def _matrix_specs(nbytes: int) -> Specs:
+    rows = max(round(nbytes / _N_MATRICES / (4 * 4096)), 4)
+    return {f"layers.{number}.weight": ((rows, 4096), "F32") for number in range(_N_MATRICES)}
 
 
 def _resnet50_specs() -> Specs:
