@@ -1,4 +1,7 @@
-"""Model directories in the Hugging Face layouts: one weight file, or shards and an index."""
+"""Model directories: one weight file, or shards and an index, under the names of Hugging Face.
+
+A ``model.pt`` counts where there is nothing else.
+"""
 
 from pathlib import PurePath, PurePosixPath, PureWindowsPath
 
@@ -13,6 +16,7 @@ _INDEXED = (
     ("model.safetensors.index.json", "model.safetensors", "sharded safetensors directory"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin", "sharded torch directory"),
 )
+_TORCH_NAME = "model.pt"
 _MAX_SHARDS = 10_000
 _TIED_INPUT_SUFFIXES = (
     "embed_tokens.weight",
@@ -78,6 +82,8 @@ def _open_weights(folder: Folder, state_key: str | None) -> StoredCheckpoint:
             f"{label}: holds {len(others)} safetensors files ({', '.join(others[:3])}, ...) and no "
             "model.safetensors.index.json; name the file itself"
         )
+    if folder.has(_TORCH_NAME):
+        return _open_single(folder, _TORCH_NAME, state_key)
     raise CheckpointError(f"{label}: holds no weights{_inside_hint(folder)}")
 
 
@@ -90,7 +96,7 @@ def _inside_hint(folder: Folder) -> str:
         or (any(map(name.lower().__contains__, ("checkpoint", "step"))) and folder.is_folder(name))
     ]
     if not inside:
-        return " (looked for model.safetensors, pytorch_model.bin and their sharded forms)"
+        return " (looked for model.safetensors, pytorch_model.bin, their sharded forms, model.pt)"
     common = inside[0].rstrip("0123456789") if folder.is_folder(inside[0]) else ""
     pattern = f"{common}*" if common else f"*{PurePath(inside[0]).suffix}"
     return (
