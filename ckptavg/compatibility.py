@@ -57,9 +57,10 @@ def refuse_differences(checkpoint: Checkpoint, reference: Checkpoint) -> None:
     Raises:
         IncompatibleCheckpointsError: Naming the first differences and what would help.
     """
-    mine, theirs = set(checkpoint.tensors), set(reference.tensors)
-    missing = [name for name in reference.tensors if name not in mine | checkpoint.aliases.keys()]
-    extra = [name for name in checkpoint.tensors if name not in theirs | reference.aliases.keys()]
+    mine = checkpoint.tensors.keys() | checkpoint.aliases.keys()
+    theirs = reference.tensors.keys() | reference.aliases.keys()
+    missing = [name for name in reference.tensors if name not in mine]
+    extra = [name for name in checkpoint.tensors if name not in theirs]
     differences = [
         f"'{name}' is in {reference.label}, not in {checkpoint.label}" for name in missing
     ]

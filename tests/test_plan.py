@@ -126,8 +126,7 @@ def test_integer_buffers_are_not_taken_for_quantised_weights(tmp_path: Path, nam
 def test_dtype_that_safetensors_cannot_store_is_refused(tmp_path: Path) -> None:
     tensors = {"w": torch.ones(2), "z": torch.ones(2, dtype=torch.complex128)}
     assert refusal(opened(tmp_path, tensors)) == (
-        "a: tensor 'z' is complex128, which safetensors cannot store; "
-        "pass --output-format torch"
+        "a: tensor 'z' is complex128, which safetensors cannot store; pass --output-format torch"
     )
 
 
