@@ -255,12 +255,11 @@ def plan_average(
         plan_notes.append(f"{n_unused} of the {len(checkpoints)} checkpoints go into no average")
     dtypes = {name: _output_dtype(info, recipe) for name, info in reference.tensors.items()}
     if output_format == "torch":
-        tensors, shards = _lay_out(
-            reference.tensors, dtypes, owners, {TORCH_NAME: [*reference.tensors]}, is_shared=True
-        )
+        files, shared = {TORCH_NAME: list(reference.tensors)}, owners
     else:
-        files = _split(reference.tensors, dtypes, max_shard_bytes or _DEFAULT_MAX_SHARD_BYTES)
-        tensors, shards = _lay_out(reference.tensors, dtypes, owners, files, is_shared=False)
+        max_shard_bytes = max_shard_bytes or _DEFAULT_MAX_SHARD_BYTES
+        files, shared = _split(reference.tensors, dtypes, max_shard_bytes), {}
+    tensors, shards = _lay_out(reference.tensors, dtypes, owners, files, shared)
     return AveragePlan(
         recipe=recipe,
         outputs=outputs,
@@ -330,19 +329,18 @@ def _lay_out(
     output_dtypes: Mapping[str, DType],
     owners: Mapping[str, str],
     names_by_file: Mapping[str, list[str]],
-    *,
-    is_shared: bool,
+    shared: Mapping[str, str],
 ) -> tuple[tuple[TensorPlan, ...], tuple[ShardPlan, ...]]:
     """Place every tensor: widest dtype first, so that each lies aligned to its own element size.
 
-    ``is_shared`` says that tied tensors lie at the same place.
+    ``shared`` are the tied names that lie where their owners do.
     """
     tensors, shards = [], []
     for shard, (filename, names) in enumerate(sorted(names_by_file.items())):
         names = sorted(names, key=lambda name: -output_dtypes[name].itemsize)
         offset, offsets = 0, dict[str, int]()
         for name in names:
-            if not (is_shared and name in owners):
+            if name not in shared:
                 offsets[name] = offset
                 offset += infos[name].numel * output_dtypes[name].itemsize
         for name in names:
@@ -356,7 +354,7 @@ def _lay_out(
                     action=Action.ALIAS if name in owners else action,
                     owner=owners.get(name),
                     shard=shard,
-                    offset=offsets[owners[name] if is_shared and name in owners else name],
+                    offset=offsets[shared.get(name, name)],
                 )
             )
         shards.append(ShardPlan(filename, offset, tuple(names)))
