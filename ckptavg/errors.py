@@ -6,6 +6,7 @@ The tree::
     ├── UsageError                    the request itself makes no sense (exit code 2)
     ├── SourceError                   what was typed does not lead to checkpoints
     ├── CheckpointError               one checkpoint is broken, unsupported, or changed while read
+    │   └── IncompleteCheckpointError it is cut short, or lacks a file: perhaps still being written
     ├── IncompatibleCheckpointsError  each checkpoint is fine, but they cannot be averaged together
     ├── HubError                      the Hub cannot be reached, or answers nonsense
     ├── MemoryBudgetError             the work does not fit the memory it may use
@@ -79,6 +80,10 @@ class SourceError(CkptavgError):
 
 class CheckpointError(CkptavgError):
     """One checkpoint is broken, hostile, unsupported, or changed while it was read."""
+
+
+class IncompleteCheckpointError(CheckpointError):
+    """A checkpoint is cut short or lacks a file: it is still being written, or was interrupted."""
 
 
 class IncompatibleCheckpointsError(CkptavgError):

@@ -13,7 +13,9 @@ from pathlib import Path
 from ckptavg._version import __version__
 from ckptavg.average import DEFAULT_MEMORY_BUDGET_BYTES
 from ckptavg.errors import UsageError
+from ckptavg.gathering import open_source
 from ckptavg.hub import natural_order
+from ckptavg.inspecting import checkpoint_info, run_info
 from ckptavg.memory import peak_device_bytes, peak_host_bytes
 from ckptavg.output import OutputDirectory
 from ckptavg.prepare import chosen_schemes
@@ -27,9 +29,11 @@ from ckptavg.results import (
     CheckpointInfo,
     OutputResult,
     Progress,
+    RunInfo,
     StageTimes,
 )
-from ckptavg.sources import HubAccess, Source, expand_sources, open_source
+from ckptavg.selection import Selection
+from ckptavg.sources import HubAccess, SingleCheckpoint, Source, expand_sources
 from ckptavg.steps import (
     average_together,
     enter_together,
@@ -46,6 +50,11 @@ def average_checkpoints(
     sources: Source | Sequence[Source],
     output: str | Path,
     *,
+    last: int | None = None,
+    first: int | None = None,
+    every: int | None = None,
+    steps: tuple[int | None, int | None] | None = None,
+    match: str | Sequence[str] = (),
     schemes: str | Scheme | Sequence[str | Scheme] = (),
     coefficients: Sequence[float] | None = None,
     accumulate: Accumulate = "auto",
@@ -75,11 +84,17 @@ def average_checkpoints(
     failed) is continued when it is called again with the same inputs and options.
 
     Args:
-        sources: Checkpoint files and directories, globs, ``{a..b..step}`` and ``{a,b}`` patterns,
-            and revisions on the Hub such as ``org/name@step*`` (see ``expand_sources``).
-            They are ordered by training step (or epoch) where all tell theirs, else as given.
+        sources: Checkpoint files and directories, run directories, globs, ``{a..b..step}`` and
+            ``{a,b}`` patterns, and revisions on the Hub such as ``org/name@step*`` (see
+            ``expand_sources``). They are ordered by training step (or epoch) where all tell
+            theirs, else as given.
         output: The model directory to make; with several schemes the directory of one model
             directory each.
+        last: Of all these, take the newest so many; see ``Selection``.
+        first: Take the oldest so many.
+        every: Take every so-manyth, counted back from the newest.
+        steps: Take those of these training steps, both ends included; None leaves an end open.
+        match: Take those whose names match one of these patterns, such as ``checkpoint-*``.
         schemes: What to average, such as ``uniform:last=5``; see ``parse_scheme`` and ``Scheme``.
             One pass over the checkpoints makes all averages. None given is the uniform mean.
         coefficients: Short for one scheme: one multiplier a checkpoint, in the order of the
@@ -115,6 +130,13 @@ def average_checkpoints(
     """
     started = time.perf_counter()
     output = Path(output)
+    selection = Selection(
+        last=last,
+        first=first,
+        every=every,
+        steps=steps,
+        match=(match,) if isinstance(match, str) else tuple(match),
+    )
     recipe = Recipe(
         schemes=chosen_schemes(schemes, coefficients),
         accumulate=accumulate,
@@ -125,6 +147,7 @@ def average_checkpoints(
     with joined_processes(distributed=distributed) as processes, ExitStack() as stack:
         prepared = prepare_together(
             processes, stack, sources, output, recipe,
+            selection=selection,
             state_key=state_key,
             strip_prefixes=strip_prefixes,
             keep_prefix=keep_prefix,
@@ -244,7 +267,7 @@ def recompute_bn(
         raise UsageError(f"{source}: names {len(found)} checkpoints, expected one model")
     # the average of one checkpoint is that checkpoint
     return average_checkpoints(
-        found,
+        [SingleCheckpoint(one) if isinstance(one, str) else one for one in found],
         output,
         allow_nonfinite=True,
         batchnorm=batchnorm,
@@ -307,7 +330,7 @@ def push_model(
 
 
 def inspect_checkpoint(source: Source, *, state_key: str | None = None) -> CheckpointInfo:
-    """Read the headers of one checkpoint, local or on the Hub.
+    """Read the headers of one checkpoint, local or on the Hub, whatever else lies beside it.
 
     Raises:
         SourceError: If it is not there.
@@ -317,28 +340,30 @@ def inspect_checkpoint(source: Source, *, state_key: str | None = None) -> Check
     hub = HubAccess()
     checkpoint = open_source(source, state_key=state_key, hub=hub)
     try:
-        stored = [
-            info
-            for name, info in checkpoint.tensors.items()
-            if checkpoint.aliases.get(name) not in checkpoint.tensors
-        ]
-        return CheckpointInfo(
-            source=checkpoint.label,
-            layout=checkpoint.layout,
-            step=checkpoint.step,
-            epoch=checkpoint.epoch,
-            nbytes=sum(info.nbytes for info in stored),
-            n_parameters=sum(info.numel for info in stored),
-            files=tuple(checkpoint.files),
-            tensors=dict(checkpoint.tensors),
-            aliases=dict(checkpoint.aliases),
-            metadata=dict(checkpoint.metadata),
-            notes=tuple(checkpoint.notes),
-            hub=checkpoint.hub,
-        )
+        return checkpoint_info(checkpoint)
     finally:
         hub.cancel()
         checkpoint.close()
+
+
+def inspect_run(
+    source: Source, *, state_key: str | None = None, selection: Selection | None = None
+) -> RunInfo | None:
+    """List the checkpoints in a run directory, local or on the Hub, from their headers.
+
+    Returns:
+        None if the source is a checkpoint, or holds none.
+
+    Raises:
+        SourceError: If it is not there, or the selection leaves nothing.
+        CheckpointError: If it cannot be looked at.
+        HubError: If the Hub cannot be reached.
+    """
+    hub = HubAccess()
+    try:
+        return run_info(source, hub, state_key=state_key, selection=selection or Selection())
+    finally:
+        hub.cancel()
 
 
 def hub_revisions(repo: str) -> list[HubRevision]:

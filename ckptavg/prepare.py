@@ -17,20 +17,15 @@ from ckptavg.average import (
 from ckptavg.checkpoint import Checkpoint, normalise_names, under_last_names
 from ckptavg.destination import check_destination
 from ckptavg.errors import CkptavgError, MemoryBudgetError, SourceError, UsageError
+from ckptavg.gathering import close_all, open_source, open_sources, order_by_position
 from ckptavg.plan import AveragePlan, check_format, plan_average
 from ckptavg.processes import Processes
 from ckptavg.provenance import earlier_provenance, last_averaged
 from ckptavg.recipe import Recipe, Scheme, parse_scheme
 from ckptavg.results import BnPass
+from ckptavg.selection import Selection
 from ckptavg.side_files import SideFile, find_side_files, inherited_front_matter
-from ckptavg.sources import (
-    HubAccess,
-    Source,
-    close_all,
-    open_source,
-    open_sources,
-    order_by_position,
-)
+from ckptavg.sources import HubAccess, Source
 from ckptavg.tensors import HubRevision, OutputFormat
 
 if TYPE_CHECKING:
@@ -87,6 +82,7 @@ def prepared_average(
     output: str | Path,
     recipe: Recipe,
     *,
+    selection: Selection | None = None,
     state_key: str | None = None,
     strip_prefixes: Sequence[str] = (),
     keep_prefix: bool = False,
@@ -116,7 +112,7 @@ def prepared_average(
     check_format(output_format, max_shard_bytes)
     hub = HubAccess(cache=cache, connections=n_threads)
     with _telling_what_was_fetched(hub):
-        opened, notes = open_sources(sources, state_key=state_key, hub=hub)
+        opened, notes = open_sources(sources, state_key=state_key, hub=hub, selection=selection)
     try:
         order = order_by_position(opened)
         if order != list(range(len(opened))):

@@ -167,6 +167,48 @@ class AverageResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunCheckpoint:
+    """What is known of one checkpoint in a run directory.
+
+    Attributes:
+        name: The last part of its name.
+        source: What names it as a source.
+        layout: None if it cannot be opened.
+        step, epoch: Where in training it was saved, where metadata or its name tell.
+        learning_rate, metrics: What the trainer wrote of it.
+        nbytes: Bytes of its weights; 0 if it cannot be opened.
+        left_out: Why it is not taken when the run is averaged; None if it is complete.
+    """
+
+    name: str
+    source: str
+    layout: str | None
+    step: int | None
+    epoch: int | None
+    learning_rate: float | None
+    metrics: Mapping[str, float]
+    nbytes: int
+    left_out: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What is in a run directory: its checkpoints, oldest first.
+
+    Attributes:
+        source: The directory.
+        checkpoints: In the order of training.
+        has_weights: Whether the directory holds weights of its own beside them.
+        notes: What a user should know, one sentence each.
+    """
+
+    source: str
+    checkpoints: tuple[RunCheckpoint, ...]
+    has_weights: bool
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
     """What the headers of one checkpoint tell; ``hub`` is its commit, where it is on the Hub."""
 
@@ -174,6 +216,8 @@ class CheckpointInfo:
     layout: str
     step: int | None
     epoch: int | None
+    learning_rate: float | None
+    metrics: Mapping[str, float]
     nbytes: int
     n_parameters: int
     files: tuple[FileStamp, ...]

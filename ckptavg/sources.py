@@ -1,16 +1,15 @@
-"""What was typed -> opened checkpoints, oldest first."""
+"""What was typed -> paths, and revisions on the Hub."""
 
 import difflib
 import glob
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckptavg.checkpoint import Checkpoint, open_checkpoint, open_hub_checkpoint
 from ckptavg.errors import HubError, SourceError
 from ckptavg.hub import SCHEME, HubReference, is_glob, natural_order, parse_reference
 from ckptavg.tensors import HubRevision
@@ -19,6 +18,11 @@ if TYPE_CHECKING:  # importing huggingface_hub takes longer than averaging many 
     from ckptavg.hub.connection import HubConnection
 
 Source = str | Path | HubRevision
+
+
+class SingleCheckpoint(str):
+    """A path that is taken for one checkpoint, whatever else lies in its directory."""
+
 
 _NUMBER_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 _MAX_EXPANSION = 100_000
@@ -82,11 +86,11 @@ def expand_sources(
             continue
         text = os.fspath(source)
         may_be_on_hub = isinstance(source, str)
-        if os.path.lexists(text) and not (may_be_on_hub and _hub_reference(text)):
+        if os.path.lexists(text) and not (may_be_on_hub and hub_reference(text)):
             found.append(text)
             continue
         for pattern in _expand_braces(text):
-            reference = _hub_reference(pattern) if may_be_on_hub else None
+            reference = hub_reference(pattern) if may_be_on_hub else None
             if reference is not None:
                 found.extend(_find_on_hub(reference, pattern, hub))
             else:
@@ -99,97 +103,15 @@ def expand_sources(
     return found
 
 
-def open_sources(
-    sources: Source | Sequence[Source],
-    *,
-    state_key: str | None = None,
-    hub: HubAccess | None = None,
-) -> tuple[list[Checkpoint], list[str]]:
-    """Open what the sources stand for, in the order typed; those on the Hub several at once.
-
-    Returns:
-        The checkpoints, and what a user should know about how they were found.
-
-    Raises:
-        SourceError: If a source leads nowhere.
-        CheckpointError: If one cannot be read. Those opened before it are closed.
-        HubError: If the Hub cannot be reached.
-    """
-    hub = hub or HubAccess()
-    found = expand_sources(sources, hub)
-    opened: list[Checkpoint | None] = [None] * len(found)
-
-    def open_one(index: int) -> None:
-        opened[index] = open_source(found[index], state_key=state_key, hub=hub)
-
-    on_hub = [index for index, one in enumerate(found) if isinstance(one, HubRevision)]
-    try:
-        if on_hub:
-            hub.connection.map(open_one, on_hub)
-        for index, one in enumerate(found):
-            if isinstance(one, str):
-                open_one(index)
-    except BaseException:
-        close_all([one for one in opened if one is not None])
-        raise
-    checkpoints = [one for one in opened if one is not None]
-    return checkpoints, _duplicates(checkpoints)
-
-
-def open_source(
-    source: str | Path | HubRevision, *, state_key: str | None, hub: HubAccess
-) -> Checkpoint:
-    """Open one checkpoint, local or on the Hub.
-
-    Raises:
-        SourceError: If it is not there, or names several.
-        CheckpointError: If it cannot be read.
-        HubError: If the Hub cannot be reached.
-    """
-    if isinstance(source, str) and _hub_reference(source):
-        found = expand_sources(source, hub)
-        if len(found) != 1:
-            raise SourceError(f"{source}: names {len(found)} checkpoints, expected one")
-        (source,) = found
-    if isinstance(source, HubRevision):
-        return open_hub_checkpoint(source, hub.connection, state_key=state_key)
-    return open_checkpoint(source, state_key=state_key)
-
-
-def order_by_position(checkpoints: Sequence[Checkpoint]) -> list[int]:
-    """Return the indices of the checkpoints, oldest first.
-
-    By training step if every checkpoint tells its own, else by epoch; in the order given if
-    neither is known for all, or two are equal.
-    """
-    identity = list(range(len(checkpoints)))
-    positions: Sequence[Callable[[Checkpoint], int | None]] = (
-        lambda checkpoint: checkpoint.step,
-        lambda checkpoint: checkpoint.epoch,
-    )
-    for position in positions:
-        values = [position(checkpoint) for checkpoint in checkpoints]
-        known = [value for value in values if value is not None]
-        if len(known) == len(values) == len(set(known)):
-            return sorted(identity, key=known.__getitem__)
-    return identity
-
-
-def close_all(checkpoints: Sequence[Checkpoint]) -> None:
-    """Close the files of all checkpoints."""
-    for checkpoint in checkpoints:
-        checkpoint.close()
-
-
 def hub_repository(text: str) -> str | None:
     """Return ``org/name`` if the text names a whole repository on the Hub; None if it does not."""
-    reference = _hub_reference(text)
+    reference = hub_reference(text)
     if reference is None or reference.has_revision or reference.path:
         return None
     return reference.repo
 
 
-def _hub_reference(text: str) -> HubReference | None:
+def hub_reference(text: str) -> HubReference | None:
     """Take a reference to the Hub apart; None if the text is a local path."""
     reference = parse_reference(text)
     if text.startswith(SCHEME) and reference is None:
@@ -278,26 +200,3 @@ def _missing(path: str) -> str:
     near = difflib.get_close_matches(Path(path).name, siblings, n=1)
     hint = f"; did you mean {parent / near[0]}?" if near else ""
     return f"{path}: no such file or directory{hint}"
-
-
-def _duplicates(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """Say which checkpoints are the same, and which hold some of the same files."""
-    seen: dict[tuple[tuple[int, int] | str, ...], str] = {}
-    holders: dict[tuple[int, int] | str, str] = {}
-    notes, shared = [], list[tuple[str, str]]()
-    for checkpoint in checkpoints:
-        identity = tuple(file.identity for file in checkpoint.files)
-        if identity in seen:
-            notes.append(
-                f"{checkpoint.label} is the same checkpoint as {seen[identity]}: it counts twice"
-            )
-            continue
-        seen[identity] = checkpoint.label
-        others = {holders[one] for one in identity if one in holders}
-        shared += [(checkpoint.label, other) for other in sorted(others)]
-        holders |= dict.fromkeys(identity, checkpoint.label)
-    if shared:
-        one, other = shared[0]
-        more = f", as do {len(shared) - 1} more pairs" if len(shared) > 1 else ""
-        notes.append(f"{one} and {other} have weight files in common{more}: were they trained?")
-    return notes

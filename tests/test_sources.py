@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from ckptavg.checkpoint import Checkpoint, open_checkpoint
 from ckptavg.errors import CheckpointError, SourceError
-from ckptavg.sources import close_all, expand_sources, open_sources, order_by_position
+from ckptavg.gathering import close_all, open_sources, order_by_position
+from ckptavg.sources import expand_sources
 
 pytestmark = pytest.mark.usefixtures("here")
 

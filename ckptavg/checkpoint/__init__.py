@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckptavg.checkpoint.directory import open_directory
+from ckptavg.checkpoint.directory import holds_weights, open_directory
 from ckptavg.checkpoint.files import PositionalFile
 from ckptavg.checkpoint.folder import LocalFolder
 from ckptavg.checkpoint.formats import open_file
@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # importing huggingface_hub takes longer than averaging many 
 __all__ = [
     "READ_SCRATCH_BYTES",
     "Checkpoint",
+    "holds_weights",
     "normalise_names",
     "open_checkpoint",
     "open_hub_checkpoint",

@@ -3,13 +3,27 @@
 A ``model.pt`` counts where there is nothing else.
 """
 
-from pathlib import PurePath, PurePosixPath, PureWindowsPath
+import re
+from collections.abc import Sequence
 
+from ckptavg.checkpoint.dcp import open_dcp
+from ckptavg.checkpoint.dcp_metadata import METADATA_NAME
+from ckptavg.checkpoint.dcp_safetensors import is_dcp_shard, open_dcp_safetensors
 from ckptavg.checkpoint.files import ReadableFile
-from ckptavg.checkpoint.folder import Folder, read_json
+from ckptavg.checkpoint.folder import (
+    TORCH_SUFFIXES,
+    Folder,
+    is_plain_file_name,
+    is_training_state,
+    read_json,
+)
 from ckptavg.checkpoint.formats import open_file
-from ckptavg.checkpoint.stored import Place, StoredCheckpoint
-from ckptavg.errors import CheckpointError
+from ckptavg.checkpoint.position import Position, position_from_name
+from ckptavg.checkpoint.sharded import AnyPlace
+from ckptavg.checkpoint.stored import StoredCheckpoint
+from ckptavg.checkpoint.trainer_layouts import is_trainer_layout, open_trainer_layout
+from ckptavg.checkpoint.trainer_state import add_trainer_state
+from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 from ckptavg.tensors import TensorInfo
 
 _INDEXED = (
@@ -18,6 +32,7 @@ _INDEXED = (
 )
 _TORCH_NAME = "model.pt"
 _MAX_SHARDS = 10_000
+_SHARD = re.compile(r"(model|pytorch_model)-(\d+)-of-(\d+)\.(safetensors|bin)")
 _TIED_INPUT_SUFFIXES = (
     "embed_tokens.weight",
     "wte.weight",
@@ -45,9 +60,28 @@ def open_directory(folder: Folder, *, state_key: str | None) -> StoredCheckpoint
     except BaseException:
         checkpoint.close()
         raise
-    if state is not None and type(state.get("global_step")) is int:
-        checkpoint.step = state["global_step"]
+    if state is not None:
+        add_trainer_state(checkpoint, state)
     return checkpoint
+
+
+def holds_weights(folder: Folder) -> bool:
+    """Tell by the names in a folder whether it is a checkpoint, be it one that is not read."""
+    names = folder.names()
+    single = [
+        name for name in names if name.endswith(".safetensors") and not folder.is_folder(name)
+    ]
+    return (
+        any(folder.has(name) for names in _INDEXED for name in names[:2])
+        or folder.has(METADATA_NAME)
+        or folder.has("adapter_config.json")
+        or any(map(is_dcp_shard, names))
+        or any(_SHARD.fullmatch(name) for name in names)
+        or is_trainer_layout(folder, names)
+        or [name for name in names if name.endswith(TORCH_SUFFIXES) and not is_training_state(name)]
+        == [_TORCH_NAME]
+        or (len(single) == 1 and position_from_name(single[0]) == Position(None, None))
+    )
 
 
 def _open_weights(folder: Folder, state_key: str | None) -> StoredCheckpoint:
@@ -64,44 +98,52 @@ def _open_weights(folder: Folder, state_key: str | None) -> StoredCheckpoint:
             return _open_sharded(folder, index_name, layout=layout, state_key=state_key)
         if has_single:
             return _open_single(folder, single_name, state_key)
-    if folder.has(".metadata"):
-        raise CheckpointError(
-            f"{label}: is a torch.distributed.checkpoint directory, which is not read yet; convert "
-            "it with: python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
-        )
+    if folder.has(METADATA_NAME):
+        return open_dcp(folder, state_key=state_key)
     if folder.has("adapter_config.json"):
         raise CheckpointError(
             f"{label}: holds a LoRA adapter; the mean of its factors is not the mean of their "
             "product, so adapters are not averaged; merge them into the base model first"
         )
-    others = [name for name in folder.names() if name.endswith(".safetensors")]
-    if len(others) == 1:
-        return _open_single(folder, others[0], state_key)
-    if others:
-        raise CheckpointError(
-            f"{label}: holds {len(others)} safetensors files ({', '.join(others[:3])}, ...) and no "
-            "model.safetensors.index.json; name the file itself"
+    names = [name for name in folder.names() if not folder.is_folder(name)]
+    shards = [name for name in names if is_dcp_shard(name)]
+    if shards:
+        return open_dcp_safetensors(folder, shards)
+    checkpoint = open_trainer_layout(folder, state_key=state_key)
+    if checkpoint is not None:
+        return checkpoint
+    shards = [name for name in names if _SHARD.fullmatch(name)]
+    if shards:
+        raise IncompleteCheckpointError(
+            f"{label}: holds shards ({shards[0]}), but no index, which is written last"
         )
-    if folder.has(_TORCH_NAME):
+    if folder.has(_TORCH_NAME) and not any(name.endswith(".safetensors") for name in names):
         return _open_single(folder, _TORCH_NAME, state_key)
-    raise CheckpointError(f"{label}: holds no weights{_inside_hint(folder)}")
+    for suffixes, kind in ((".safetensors", "safetensors"), (TORCH_SUFFIXES, "torch")):
+        others = [one for one in names if one.endswith(suffixes) and not is_training_state(one)]
+        if len(others) == 1:
+            return _open_single(folder, others[0], state_key)
+        if others:
+            raise CheckpointError(
+                f"{label}: holds {len(others)} {kind} files ({', '.join(others[:3])}, ...) and no "
+                "index that makes them one model; name the file itself"
+            )
+    if any(name.endswith(".distcp") for name in names):
+        raise IncompleteCheckpointError(
+            f"{label}: holds parts of a distributed checkpoint, but no {METADATA_NAME}, which is "
+            "written last"
+        )
+    raise IncompleteCheckpointError(f"{label}: holds no weights{_what_it_holds(folder, names)}")
 
 
-def _inside_hint(folder: Folder) -> str:
+def _what_it_holds(folder: Folder, names: Sequence[str]) -> str:
     """Say what a directory without weights does hold, so that the user can name it."""
-    inside = [
-        name
-        for name in folder.names()
-        if PurePath(name).suffix in (".pt", ".pth", ".ckpt", ".bin", ".tar")
-        or (any(map(name.lower().__contains__, ("checkpoint", "step"))) and folder.is_folder(name))
-    ]
-    if not inside:
-        return " (looked for model.safetensors, pytorch_model.bin, their sharded forms, model.pt)"
-    common = inside[0].rstrip("0123456789") if folder.is_folder(inside[0]) else ""
-    pattern = f"{common}*" if common else f"*{PurePath(inside[0]).suffix}"
-    return (
-        f" itself, but {len(inside)} checkpoints; name them, for example: {folder.label}/{pattern}"
-    )
+    state = [name for name in names if is_training_state(name)]
+    if state:
+        return f", only the state of a training ({', '.join(state[:3])})"
+    if not folder.names():
+        return ": it is empty"
+    return " (looked for model.safetensors, pytorch_model.bin, their sharded forms, and .metadata)"
 
 
 def _open_single(folder: Folder, name: str, state_key: str | None) -> StoredCheckpoint:
@@ -120,7 +162,7 @@ def _open_sharded(
     names_by_shard = _read_index(folder, index_name, index_label)
     all_names = set[str]().union(*names_by_shard.values())
     tensors: dict[str, TensorInfo] = {}
-    places: dict[str, Place] = {}
+    places: dict[str, AnyPlace] = {}
     aliases: dict[str, str] = {}
     files: list[ReadableFile] = []
     metadata: dict[str, str] = {}
@@ -128,7 +170,7 @@ def _open_sharded(
     try:
         for shard_name, listed in names_by_shard.items():
             if not folder.has(shard_name):
-                raise CheckpointError(
+                raise IncompleteCheckpointError(
                     f"{label}: the shard {shard_name} is missing; {index_name} lists "
                     f"{len(names_by_shard)} shards"
                 )
@@ -190,7 +232,7 @@ def _read_index(folder: Folder, name: str, label: str) -> dict[str, set[str]]:
         raise CheckpointError(f"{label}: has no weight_map")
     names_by_shard: dict[str, set[str]] = {}
     for name, shard_name in weight_map.items():
-        if type(shard_name) is not str or not _is_plain_file_name(shard_name):
+        if type(shard_name) is not str or not is_plain_file_name(shard_name):
             raise CheckpointError(
                 f"{label}: names '{shard_name}' as a shard: only plain file names are allowed"
             )
@@ -198,16 +240,6 @@ def _read_index(folder: Folder, name: str, label: str) -> dict[str, set[str]]:
     if len(names_by_shard) > _MAX_SHARDS:
         raise CheckpointError(f"{label}: lists more than {_MAX_SHARDS} shards")
     return {shard: names_by_shard[shard] for shard in sorted(names_by_shard)}
-
-
-def _is_plain_file_name(name: str) -> bool:
-    # both flavours: an index written on Windows must not reach outside either
-    return (
-        name not in ("", ".", "..")
-        and "\0" not in name
-        and PurePosixPath(name).name == name
-        and PureWindowsPath(name).name == name
-    )
 
 
 def _tied_by_config(folder: Folder, checkpoint: StoredCheckpoint) -> dict[str, str]:

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Protocol
 
 from ckptavg.checkpoint.files import PositionalFile, ReadableFile
@@ -22,11 +22,25 @@ _LEFT_OUT = re.compile(
         |tflite|ot|mlmodel|pb)
     | .*\.index\.json
     | consolidated.* | optimizer.* | scheduler.* | scaler.* | rng_state.* | random_states_.*
-    | trainer_state\.json | training_args\..* | events\.out\..* | latest | zero_to_fp32\.py
+    | trainer_state\.json | training_args\..* | metadata\.json | latest.*\.txt
+    | events\.out\..* | latest | zero_to_fp32\.py
     | README\.md | ckptavg\.json | \..*
     """,
     re.VERBOSE | re.IGNORECASE,
 )
+
+
+# what trainers save to go on with, beside the weights
+_TRAINING_STATE = re.compile(
+    r"""
+    (.*[-_])?(optimizer|scheduler|scaler|rng_states?|random_states?|dataloader|sampler|ema_config)
+        ([-_.].*)?
+    | training_args\.bin | .*optim_states\.pt | .*zero_pp_.* | meta\.pt | common\.pt
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
+WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 
 
 class Folder(Protocol):
@@ -54,6 +68,9 @@ class Folder(Protocol):
 
     def size(self, name: str) -> int:
         """Return the bytes of a file; 0 for what is none."""
+
+    def inside(self, name: str) -> "Folder":
+        """Return a folder in it."""
 
     def open(self, name: str, label: str) -> ReadableFile:
         """Open a file in it.
@@ -101,6 +118,10 @@ class LocalFolder:
         path = self.path / name
         return path.stat().st_size if path.is_file() else 0
 
+    def inside(self, name: str) -> "LocalFolder":
+        """Return a directory in it."""
+        return LocalFolder(self.path / name, f"{self.label}/{name}")
+
     def open(self, name: str, label: str) -> ReadableFile:
         """Open a file in it."""
         return PositionalFile(self.path / name, label)
@@ -116,6 +137,22 @@ class LocalFolder:
 def is_side_file(name: str) -> bool:
     """Tell by its name whether a file belongs to a model beside its weights, as its config does."""
     return not _LEFT_OUT.fullmatch(name)
+
+
+def is_training_state(name: str) -> bool:
+    """Tell by its name whether a file holds an optimizer or the like, and no weights."""
+    return _TRAINING_STATE.fullmatch(name) is not None
+
+
+def is_plain_file_name(name: str) -> bool:
+    """Tell whether a name that a checkpoint gives for a file stays within its folder."""
+    # both flavours: an index written on Windows must not reach outside either
+    return (
+        name not in ("", ".", "..")
+        and "\0" not in name
+        and PurePosixPath(name).name == name
+        and PureWindowsPath(name).name == name
+    )
 
 
 def read_json(folder: Folder, name: str) -> dict[str, Any] | None:

@@ -2,9 +2,10 @@
 
 from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.checkpoint.safetensors import read_header
-from ckptavg.checkpoint.stored import Place, StoredCheckpoint
+from ckptavg.checkpoint.sharded import Place
+from ckptavg.checkpoint.stored import StoredCheckpoint
 from ckptavg.checkpoint.torch_file import open_torch_file
-from ckptavg.errors import CheckpointError
+from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 
 _LEGACY_TORCH_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # pickled long 0x1950a86a20f9469cfc6c
 _FOREIGN_MAGIC = (
@@ -27,7 +28,7 @@ def open_file(file: ReadableFile, *, state_key: str | None) -> StoredCheckpoint:
     try:
         head = file.read(0, min(file.size, 512))
         if not head:
-            raise CheckpointError(f"{file.label}: is empty (0 bytes)")
+            raise IncompleteCheckpointError(f"{file.label}: is empty (0 bytes)")
         # first: a header length can begin with the same bytes as another format's magic
         is_safetensors = head[8:9] == b"{"
         if not is_safetensors and head.startswith((b"PK\x03\x04", b"PK\x05\x06")):

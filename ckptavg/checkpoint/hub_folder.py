@@ -7,7 +7,12 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from ckptavg.checkpoint.files import PositionalFile, ReadableFile
-from ckptavg.checkpoint.folder import MAX_SIDE_FILE_BYTES, TEMPLATE_DIRECTORY, is_side_file
+from ckptavg.checkpoint.folder import (
+    MAX_SIDE_FILE_BYTES,
+    TEMPLATE_DIRECTORY,
+    WEIGHT_SUFFIXES,
+    is_side_file,
+)
 from ckptavg.errors import CheckpointError
 from ckptavg.hub import label_of
 from ckptavg.tensors import HubRevision
@@ -17,7 +22,6 @@ if TYPE_CHECKING:  # importing huggingface_hub takes longer than averaging many 
     from ckptavg.hub.connection import HubConnection
 
 _SMALL_BYTES = 2**20
-_FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".tar")
 
 
 class HubFolder:
@@ -58,6 +62,10 @@ class HubFolder:
     def size(self, name: str) -> int:
         """Return the bytes of a file."""
         return self._entries[name].size if name in self._entries else 0
+
+    def inside(self, name: str) -> "HubFolder":
+        """Return a folder in it; asks the Hub what is there."""
+        return HubFolder(self._found._replace(path=self._path(name)), self._connection)
 
     def open(self, name: str, label: str) -> ReadableFile:
         """Open a file in it, from the cache if it is there; what is read from the Hub is kept."""
@@ -129,7 +137,7 @@ class HubFolder:
 
 def names_a_file(found: HubRevision) -> bool:
     """Tell whether a path on the Hub is that of a weight file rather than of a folder."""
-    return found.path.endswith(_FILE_SUFFIXES)
+    return found.path.endswith(WEIGHT_SUFFIXES)
 
 
 def open_hub_weights(found: HubRevision, connection: "HubConnection", label: str) -> ReadableFile:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckptavg.checkpoint.files import ReadableFile
-from ckptavg.errors import CheckpointError
+from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 from ckptavg.tensors import DTYPE_BY_CODE, TensorInfo
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -46,8 +46,8 @@ def read_header(file: ReadableFile) -> SafetensorsHeader:
         CheckpointError: If the file is not exactly what the format describes.
     """
 
-    def refuse(what: str) -> CheckpointError:
-        return CheckpointError(f"{file.label}: {what}")
+    def refuse(what: str, kind: type[CheckpointError] = CheckpointError) -> CheckpointError:
+        return kind(f"{file.label}: {what}")
 
     if file.size < 8:
         raise refuse(f"has {file.size} bytes, too short for a safetensors file")
@@ -60,7 +60,8 @@ def read_header(file: ReadableFile) -> SafetensorsHeader:
     data_start = 8 + header_bytes
     if data_start > file.size:
         raise refuse(
-            f"has {file.size} bytes, but its header alone needs {data_start}: it is truncated"
+            f"has {file.size} bytes, but its header alone needs {data_start}: it is truncated",
+            IncompleteCheckpointError,
         )
     raw = file.read(8, header_bytes)
     if not raw.startswith(b"{"):
@@ -83,10 +84,12 @@ def read_header(file: ReadableFile) -> SafetensorsHeader:
             raise refuse(f"tensor '{name}' {fault}: begins at byte {begin}, expected {position}")
         position = end
     if data_start + position != file.size:
-        relation = "truncated" if data_start + position > file.size else "longer than it should be"
+        is_cut = data_start + position > file.size
+        relation = "truncated" if is_cut else "longer than it should be"
         raise refuse(
             f"has {file.size} bytes, but its header describes {data_start + position}: "
-            f"it is {relation}"
+            f"it is {relation}",
+            IncompleteCheckpointError if is_cut else CheckpointError,
         )
     return SafetensorsHeader(
         tensors={name: info for _, _, name, info in entries},

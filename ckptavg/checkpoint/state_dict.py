@@ -4,6 +4,7 @@ Works on inert values, wherever they come from: the pickle of a torch file, or t
 torch.distributed.checkpoint directory.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,13 +13,28 @@ from ckptavg.errors import CheckpointError
 
 _MAX_NESTING = 4
 # where trainers put the weights; averages kept during training are taken only when asked for
-_WEIGHT_KEYS = (
+WEIGHT_KEYS = (
     "state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights",
     "model_weights",
 )  # fmt: skip
 _EXTRA_STATE = "_extra_state"  # what a module saves besides tensors; it may be a mapping
 _AVERAGE_HINTS = ("ema", "swa", "averag", "shadow", "teacher")
-STEP_KEYS = ("global_step", "step", "global_iter", "iteration", "iter", "num_updates", "it")
+# what lies beside the weights, wherever those are
+_TRAINING_STATE = re.compile(
+    r"(.*_)?(optim(izers?)?|(lr_)?schedulers?|scaler|grad_scaler|rng|dataloader|train(ing|er)?_state"
+    r"|callbacks|loops)(_.*|\d+)?",
+    re.IGNORECASE,
+)
+STEP_KEYS = (
+    "global_step",
+    "global_steps",
+    "step",
+    "global_iter",
+    "iteration",
+    "iter",
+    "num_updates",
+    "it",
+)
 EPOCH_KEYS = ("epoch", "epochs")
 
 
@@ -35,7 +51,7 @@ def find_state_dict(root: Any, state_key: str | None, label: str) -> tuple[Pairs
         averages = [key for key in _weight_mappings(mapping) if _is_average(key)]
         if averages:
             notes.append(f"also holds {some(averages)}; --state-key selects it")
-        candidates = [key for key in _weight_mappings(mapping) if key in _WEIGHT_KEYS]
+        candidates = [key for key in _weight_mappings(mapping) if key in WEIGHT_KEYS]
         if not candidates:
             break
         if len(candidates) > 1:
@@ -44,7 +60,11 @@ def find_state_dict(root: Any, state_key: str | None, label: str) -> tuple[Pairs
             )
         path = f"{path}.{candidates[0]}" if path else candidates[0]
         mapping = mapping.get(candidates[0])
-    nested = [key for key in _tensor_mappings(mapping) if not key.endswith(_EXTRA_STATE)]
+    nested = [
+        key
+        for key in _tensor_mappings(mapping)
+        if not key.endswith(_EXTRA_STATE) and not is_training_state(key)
+    ]
     networks = [key for key in nested if not _is_average(key)]
     has_tensors = any(type(value) in (TensorView, Unsupported) for _, value in mapping.items)
     if has_tensors and not networks:
@@ -58,6 +78,11 @@ def find_state_dict(root: Any, state_key: str | None, label: str) -> tuple[Pairs
         example = f"{prefix}{_tensor_path(mapping, nested[0])}"
         hint = f"; choose one with --state-key, for example --state-key {example}"
     raise CheckpointError(f"{label}: no weights found {level}, which holds {found}{hint}")
+
+
+def is_training_state(key: str) -> bool:
+    """Tell by its name whether an entry belongs to the training, as an optimizer's state does."""
+    return _TRAINING_STATE.fullmatch(key) is not None
 
 
 def _walk(root: Pairs, state_key: str, label: str) -> Pairs:
@@ -83,7 +108,7 @@ def _walk(root: Pairs, state_key: str, label: str) -> Pairs:
 
 def _weight_mappings(mapping: Pairs) -> list[str]:
     """Return the keys under which trainers put weights, where a mapping of tensors is there."""
-    return [key for key in _tensor_mappings(mapping) if key in _WEIGHT_KEYS or _is_average(key)]
+    return [key for key in _tensor_mappings(mapping) if key in WEIGHT_KEYS or _is_average(key)]
 
 
 def _tensor_mappings(mapping: Pairs) -> list[str]:

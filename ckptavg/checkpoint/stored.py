@@ -1,13 +1,14 @@
 """A checkpoint whose tensors are byte ranges of files: what every reader builds."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.checkpoint.folder import Folder
 from ckptavg.checkpoint.protocol import READ_SCRATCH_BYTES
+from ckptavg.checkpoint.sharded import AnyPlace, Boxes, Place, Rows
 from ckptavg.checkpoint.strided import read_strided
 from ckptavg.tensors import FileStamp, HubRevision, Piece, TensorInfo
 
@@ -17,14 +18,6 @@ if TYPE_CHECKING:  # importing huggingface_hub takes longer than averaging many 
 _MAX_GAP_BYTES = 4096  # torch archives pad between tensors; reading the gap is cheaper than a call
 
 
-class Place(NamedTuple):
-    """Where a tensor lies: first byte in a file, and strides in elements if not row-major."""
-
-    file: ReadableFile
-    offset: int
-    strides: tuple[int, ...] | None = None
-
-
 @dataclass(kw_only=True)
 class StoredCheckpoint:
     """Implements the ``Checkpoint`` protocol over positional reads of files."""
@@ -32,7 +25,7 @@ class StoredCheckpoint:
     label: str
     layout: str
     tensors: Mapping[str, TensorInfo]
-    places: Mapping[str, Place]
+    places: Mapping[str, AnyPlace]
     open_files: Sequence[ReadableFile]
     aliases: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -57,17 +50,20 @@ class StoredCheckpoint:
     @property
     def read_scratch_nbytes(self) -> int:
         """Nothing, unless a tensor has to be put into row-major order."""
-        strided = any(place.strides is not None for place in self.places.values())
-        return 2 * READ_SCRATCH_BYTES if strided else 0  # the allocator keeps what was freed
+        scattered = any(map(_is_scattered, self.places.values()))
+        return 2 * READ_SCRATCH_BYTES if scattered else 0  # the allocator keeps what was freed
 
     @property
     def places_digest(self) -> str:
         """Digits that change with the file, the offset and the strides of any name."""
         number = {id(file): index for index, file in enumerate(self.open_files)}
-        places = [
-            (name, number[id(place.file)], place.offset, place.strides)
-            for name, place in sorted(self.places.items())
-        ]
+
+        def told(place: AnyPlace) -> object:
+            if isinstance(place, Place):
+                return number[id(place.file)], place.offset, place.strides
+            return [(part.first, part.shape, told(part.place)) for part in place.parts]
+
+        places = [(name, told(place)) for name, place in sorted(self.places.items())]
         what = places, sorted(self.aliases.items())
         return hashlib.sha256(repr(what).encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -77,20 +73,22 @@ class StoredCheckpoint:
         filled = 0
         for name, start, stop in pieces:
             owner = name if name in self.places else self.aliases[name]
-            file, offset, strides = self.places[owner]
-            begin, filled = filled, filled + (stop - start)
-            if strides is not None:
-                self._read_view(owner, start, stop, buffer[begin:filled])
-            elif run is None or not run.extend(file, offset + start, begin, filled):
-                if run is not None:
-                    run.read(buffer)
-                run = _Run(file, offset + start, begin, filled)
+            place = self.places[owner]
+            if _is_scattered(place):
+                begin, filled = filled, filled + (stop - start)
+                self._read_scattered(owner, start, stop, buffer[begin:filled])
+                continue
+            for file, offset, nbytes in _ranges(place, start, stop):
+                begin, filled = filled, filled + nbytes
+                if run is None or not run.extend(file, offset, begin, filled):
+                    if run is not None:
+                        run.read(buffer)
+                    run = _Run(file, offset, begin, filled)
         if run is not None:
             run.read(buffer)
 
-    def _read_view(self, name: str, start: int, stop: int, out: memoryview) -> None:
+    def _read_scattered(self, name: str, start: int, stop: int, out: memoryview) -> None:
         info, place = self.tensors[name], self.places[name]
-        assert place.strides is not None  # read_into asks only for views that are not row-major
         itemsize = info.dtype.itemsize
         position = start
         while position < stop:
@@ -98,9 +96,12 @@ class StoredCheckpoint:
             whole_bytes = 0 if skipped else (stop - position) // itemsize * itemsize
             # an element that the range cuts in two is read apart
             elements = out[:whole_bytes] if whole_bytes else memoryview(bytearray(itemsize))
-            read_strided(
-                place.file, place.offset, itemsize, info.shape, place.strides, first, elements
-            )
+            if isinstance(place, Boxes):
+                place.read(first, elements)
+            elif isinstance(place, Place) and place.strides is not None:
+                read_strided(
+                    place.file, place.offset, itemsize, info.shape, place.strides, first, elements
+                )
             if not whole_bytes:
                 elements = elements[skipped : skipped + (stop - position)]
                 out[: len(elements)] = elements
@@ -128,6 +129,19 @@ class StoredCheckpoint:
             file.close()
         if self.folder is not None:
             self.folder.close()
+
+
+def _is_scattered(place: AnyPlace) -> bool:
+    """Tell whether a range of a tensor's bytes lies in many ranges of files."""
+    return isinstance(place, Boxes) or (isinstance(place, Place) and place.strides is not None)
+
+
+def _ranges(place: AnyPlace, start: int, stop: int) -> Iterable[tuple[ReadableFile, int, int]]:
+    """Return file, first byte and number of bytes of what makes up a byte range of a tensor."""
+    if isinstance(place, Rows):
+        return place.cut(start, stop)
+    assert isinstance(place, Place)  # the others are scattered
+    return [(place.file, place.offset + start, stop - start)]
 
 
 class _Run:

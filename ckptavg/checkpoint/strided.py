@@ -7,8 +7,10 @@ through a bounded scratch buffer.
 
 from collections.abc import Iterator
 from math import prod
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.checkpoint.protocol import READ_SCRATCH_BYTES
@@ -53,27 +55,43 @@ def read_strided(
         start: First element, counted in row-major order.
         out: Writable bytes for the elements from there on; a whole number of elements.
     """
-    element = np.dtype(f"V{itemsize}")
-    target = np.frombuffer(out, dtype=element)
+    target = np.frombuffer(out, dtype=f"V{itemsize}")
     done = 0
-    for block in _blocks(shape, start, start + len(target)):
-        for part, place in _split(block, strides, READ_SCRATCH_BYTES // itemsize):
-            sizes = tuple(stop - first for first, stop in part)
-            first_element = sum(
-                low * stride for (low, _), stride in zip(part, strides, strict=True)
-            )
-            scratch = bytearray(extent(sizes, strides) * itemsize)
-            file.read_into(data_offset + first_element * itemsize, [memoryview(scratch)])
-            view = np.ndarray(
-                sizes, element, scratch, strides=tuple(stride * itemsize for stride in strides)
-            )
-            block_sizes = tuple(high - low for low, high in block)
-            count = prod(block_sizes)
-            target[done : done + count].reshape(block_sizes)[place] = view
-        done += prod(high - low for low, high in block)
+    for block in blocks(shape, start, start + len(target)):
+        sizes = tuple(high - low for low, high in block)
+        count = prod(sizes)
+        read_box(file, data_offset, strides, block, target[done : done + count].reshape(sizes))
+        done += count
 
 
-def _blocks(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Block]:
+def read_box(
+    file: ReadableFile,
+    data_offset: int,
+    strides: tuple[int, ...],
+    box: Block,
+    out: NDArray[Any],
+) -> None:
+    """Read a rectangular part of a strided view.
+
+    Args:
+        file: Where the storage lies.
+        data_offset: Position in the file of the view's first element.
+        strides: The view's strides, in elements.
+        box: Index ranges in the view.
+        out: Receives the elements; of the box's shape, and of a dtype as wide as an element.
+    """
+    itemsize = out.itemsize
+    for part, place in _split(box, strides, READ_SCRATCH_BYTES // itemsize):
+        sizes = tuple(stop - first for first, stop in part)
+        first_element = sum(low * stride for (low, _), stride in zip(part, strides, strict=True))
+        scratch = bytearray(extent(sizes, strides) * itemsize)
+        file.read_into(data_offset + first_element * itemsize, [memoryview(scratch)])
+        out[place] = np.ndarray(
+            sizes, out.dtype, scratch, strides=tuple(stride * itemsize for stride in strides)
+        )
+
+
+def blocks(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Block]:
     """Cut a row-major range of elements into rectangular blocks, in order."""
     if start >= stop:
         return
@@ -84,15 +102,15 @@ def _blocks(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Block]:
     first, head = divmod(start, inner)
     last, tail = divmod(stop, inner)
     if first == last:
-        yield from (((first, first + 1), *rest) for rest in _blocks(shape[1:], head, tail))
+        yield from (((first, first + 1), *rest) for rest in blocks(shape[1:], head, tail))
         return
     if head:
-        yield from (((first, first + 1), *rest) for rest in _blocks(shape[1:], head, inner))
+        yield from (((first, first + 1), *rest) for rest in blocks(shape[1:], head, inner))
         first += 1
     if first < last:
         yield ((first, last), *((0, size) for size in shape[1:]))
     if tail:
-        yield from (((last, last + 1), *rest) for rest in _blocks(shape[1:], 0, tail))
+        yield from (((last, last + 1), *rest) for rest in blocks(shape[1:], 0, tail))
 
 
 def _split(

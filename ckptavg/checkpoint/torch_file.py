@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.checkpoint.pickle_values import Pairs, Storage, TensorView, Unsupported
+from ckptavg.checkpoint.sharded import Place
 from ckptavg.checkpoint.state_dict import (
     EPOCH_KEYS,
     STEP_KEYS,
@@ -15,7 +16,7 @@ from ckptavg.checkpoint.state_dict import (
     first_integer,
     some,
 )
-from ckptavg.checkpoint.stored import Place, StoredCheckpoint
+from ckptavg.checkpoint.stored import StoredCheckpoint
 from ckptavg.checkpoint.strided import extent, is_row_major
 from ckptavg.checkpoint.torch_zip import TorchZip
 from ckptavg.errors import CheckpointError

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ckptavg.checkpoint.files import ReadableFile
-from ckptavg.errors import CheckpointError
+from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 
 _END = struct.Struct("<4sHHHHIIH")
 _ZIP64_LOCATOR = struct.Struct("<4sIQI")
@@ -108,8 +108,9 @@ class ZipDirectory:
         tail = self._file.read(size - tail_bytes, tail_bytes)
         at = tail.rfind(b"PK\x05\x06")
         if at < 0 or len(tail) - at < _END.size:
-            raise self._refuse(
-                f"has {size} bytes, but no zip directory at its end: the torch file is truncated"
+            raise IncompleteCheckpointError(
+                f"{self._file.label}: has {size} bytes, but no zip directory at its end: the torch "
+                "file is truncated"
             )
         _, disk, first_disk, here, count, nbytes, start, comment = _END.unpack_from(tail, at)
         if len(tail) - at != _END.size + comment:

@@ -13,6 +13,8 @@ from ckptavg.cli.options import (
     pipeline_arguments,
     push_options,
     reading_options,
+    selection_arguments,
+    selection_options,
     talk_options,
 )
 from ckptavg.cli.progress import ProgressBars
@@ -22,7 +24,7 @@ from ckptavg.cli.user_code import load_bn_pass
 
 _EPILOG = """\b
 Examples:
-  ckptavg average runs/exp7/checkpoint-* -o swa
+  ckptavg average runs/exp7 --last 10 -o swa
   ckptavg average epoch-{17..36}.pt -o swa --model my_pkg:build --data my_pkg:batches
   ckptavg average 'EleutherAI/pythia-160m@step{140000..143000..1000}' -o swa --push me/swa
   ckptavg average 'step{1..24}' -o averages --scheme uniform:last=5 --scheme uniform:last=20
@@ -34,6 +36,7 @@ Examples:
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCES...")
 @output_options
 @push_options
+@selection_options
 @click.option(
     "--scheme",
     "schemes",
@@ -89,15 +92,16 @@ def command(
 ) -> None:
     """Average saved checkpoints into one model, and recompute its BatchNorm statistics.
 
-    SOURCES are checkpoint files (safetensors, torch), model directories, globs, patterns such as
-    step{1000..9000..1000}, and revisions on the Hugging Face Hub, which are streamed:
-    org/name@revision, org/name@step*, org/name@main/checkpoint-500. They are ordered by training
-    step where all tell theirs.
+    SOURCES are checkpoint files (safetensors, torch), checkpoint directories as trainers write
+    them, run directories that hold those, globs, patterns such as step{1000..9000..1000}, and
+    revisions on the Hugging Face Hub, which are streamed: org/name@revision, org/name@step*,
+    org/name@main/checkpoint-500. They are ordered by training step where all tell theirs.
     """
     from ckptavg.pipeline import average_checkpoints
     from ckptavg.prepare import chosen_schemes, prepared_average
     from ckptavg.processes import is_first_process, started_by_torchrun
     from ckptavg.recipe import Recipe
+    from ckptavg.selection import Selection
 
     distributed = started_by_torchrun()
     is_first = is_first_process()
@@ -106,6 +110,7 @@ def command(
     with stdout_for_the_result():
         batchnorm = load_bn_pass(**model_arguments(options))
     arguments = pipeline_arguments(options)
+    selection = selection_arguments(options)
     schemes = chosen_schemes(options["schemes"], options["coefficients"])
     recipe = {name: options[name] for name in ("accumulate", "dtype", "buffers", "allow_nonfinite")}
     arguments |= {"include_code": not options["no_code"], "batchnorm": batchnorm}
@@ -113,7 +118,11 @@ def command(
         with (
             stdout_for_the_result(),
             prepared_average(
-                sources, output, Recipe(schemes=schemes, **recipe), **arguments
+                sources,
+                output,
+                Recipe(schemes=schemes, **recipe),
+                selection=Selection(**selection),
+                **arguments,
             ) as prepared,
         ):
             pass  # deciding is all
@@ -124,6 +133,7 @@ def command(
         result = average_checkpoints(
             sources,
             output,
+            **selection,
             schemes=schemes,
             **recipe,
             **arguments,

@@ -4,18 +4,25 @@ from typing import Any
 
 import click
 
-from ckptavg.cli.options import debug_option, json_option
-from ckptavg.cli.render import (
+from ckptavg.cli.listing import (
     checkpoint_json,
     checkpoint_lines,
-    echo_json,
-    echo_lines,
     revision_lines,
     revisions_json,
+    run_json,
+    run_lines,
 )
+from ckptavg.cli.options import (
+    debug_option,
+    json_option,
+    selection_arguments,
+    selection_options,
+)
+from ckptavg.cli.render import echo_json, echo_lines
 
 _EPILOG = """\b
 Examples:
+  ckptavg inspect runs/exp7
   ckptavg inspect runs/exp7/checkpoint-500
   ckptavg inspect epoch-036.pt --state-key ema --json
   ckptavg inspect EleutherAI/pythia-160m
@@ -28,16 +35,24 @@ Examples:
 @click.option(
     "--state-key", metavar="KEY", help="Entry of torch files to look at, for example ema."
 )
+@selection_options
 @json_option
 @debug_option
-def command(sources: tuple[str, ...], state_key: str | None, as_json: bool, debug: bool) -> None:
+def command(
+    sources: tuple[str, ...], state_key: str | None, as_json: bool, debug: bool, **options: Any
+) -> None:
     """Show what is there: layout, step, tensors, dtypes, shapes, sizes, metadata.
 
-    SOURCES are as for average; org/name alone lists the revisions of a repository on the Hub.
+    SOURCES are as for average. Of a run directory the checkpoints in it are listed, with step,
+    metrics, learning rate and size, and whether they are complete; org/name alone lists the
+    revisions of a repository on the Hub. --last, --first, --every, --steps and --match are for
+    run directories.
     """
-    from ckptavg.pipeline import hub_revisions, inspect_checkpoint
+    from ckptavg.pipeline import hub_revisions, inspect_checkpoint, inspect_run
+    from ckptavg.selection import Selection
     from ckptavg.sources import expand_sources, hub_repository
 
+    selection = Selection(**selection_arguments(options))
     values: list[dict[str, Any]] = []
     lines: list[str] = []
     for source in sources:
@@ -48,6 +63,12 @@ def command(sources: tuple[str, ...], state_key: str | None, as_json: bool, debu
             lines += revision_lines(repo, revisions)
             continue
         for found in expand_sources(source):
+            run = inspect_run(found, state_key=state_key, selection=selection)
+            if run is not None:
+                values.append(run_json(run))
+                lines += run_lines(run)
+            if run is not None and not run.has_weights:
+                continue
             info = inspect_checkpoint(found, state_key=state_key)
             values.append(checkpoint_json(info))
             lines += checkpoint_lines(info)

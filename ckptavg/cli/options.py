@@ -109,6 +109,50 @@ output_options = _combined(
     ),
 )  # fmt: skip
 
+
+class StepRange(click.ParamType[tuple[int | None, int | None]]):
+    """Training steps ``A:B``, both ends included; either may be left out."""
+
+    name = "A:B"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int | None, int | None]:
+        """Return the ends."""
+        from ckptavg.selection import parse_steps
+
+        if isinstance(value, tuple):
+            return value
+        try:
+            return parse_steps(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+_COUNT = click.IntRange(min=1)
+selection_options = _combined(
+    click.option(
+        "--last", type=_COUNT, metavar="N",
+        help="Of all checkpoints that SOURCES stand for, take the newest N, for example 10.",
+    ),
+    click.option("--first", type=_COUNT, metavar="N", help="Take the oldest N, for example 3."),
+    click.option(
+        "--every", type=_COUNT, metavar="M",
+        help="Take every M-th, counted back from the newest, for example 2; applies before --last "
+        "and --first.",
+    ),
+    click.option(
+        "--steps", type=StepRange(),
+        help="Take those of training steps A to B, for example 1000:9000 or 1000:; applies before "
+        "--every.",
+    ),
+    click.option(
+        "--match", multiple=True, metavar="GLOB",
+        help="Take those whose names match, for example 'checkpoint-*' (repeatable); "
+        "applies first.",
+    ),
+)  # fmt: skip
+
 publish_options = _combined(
     click.option("--private", is_flag=True, help="Make the repository private, if it is made now."),
     click.option(
@@ -280,6 +324,11 @@ _MODEL_ARGUMENTS = (
     "compare", "last_checkpoint", "max_batches", "max_samples", "until_converged", "estimator",
     "train_mode", "amp", "channels_last", "compile", "seed", "allow_unreached", "data_per_process",
 )  # fmt: skip
+
+
+def selection_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Take what ``selection_options`` gave out of a command's options."""
+    return {name: options.pop(name) for name in ("last", "first", "every", "steps", "match")}
 
 
 def model_arguments(options: dict[str, Any]) -> dict[str, Any]:

@@ -14,10 +14,8 @@ from ckptavg.errors import AfterPublishError, OutputError, printable
 if TYPE_CHECKING:
     from ckptavg.batchnorm import BnReport
     from ckptavg.prepare import Prepared
-    from ckptavg.results import AverageResult, CheckpointInfo, OutputResult
-    from ckptavg.tensors import HubRevision, PushResult
-
-_COMMIT_DIGITS = 12
+    from ckptavg.results import AverageResult, OutputResult
+    from ckptavg.tensors import PushResult
 
 
 def echo_lines(lines: Iterable[str]) -> None:
@@ -307,98 +305,6 @@ def plan_json(prepared: "Prepared", output: str) -> dict[str, Any]:
         "batchnorm_pass": prepared.run_bn_pass is not None,
         "notes": [*plan.notes, *prepared.notes],
     }
-
-
-def checkpoint_lines(info: "CheckpointInfo") -> list[str]:
-    """Return what ``inspect`` shows of one checkpoint."""
-    known = (("step", info.step), ("epoch", info.epoch))
-    position = [f"{name} {value}" for name, value in known if value is not None]
-    files = f"{len(info.files)} file{'s' if len(info.files) != 1 else ''}"
-    lines = [
-        f"{info.source}{_commit(info.hub)}: {', '.join([info.layout, *position])}, "
-        f"{len(info.tensors)} tensors, "
-        f"{info.n_parameters:,} values, {size(info.nbytes)} in {files}",
-    ]
-    lines += [f"  metadata {key}: {value}" for key, value in info.metadata.items()]
-    lines += [f"  note: {note}" for note in info.notes]
-    rows = [
-        [
-            f"  {name}",
-            str(tensor.dtype),
-            "x".join(map(str, tensor.shape)) or "scalar",
-            size(tensor.nbytes),
-            f"tied to {info.aliases[name]}" if name in info.aliases else "",
-        ]
-        for name, tensor in info.tensors.items()
-    ]
-    lines += table(["  tensor", "dtype", "shape", "size", ""], rows)
-    lines += [
-        f"  {name}: not stored, tied to {owner}"
-        for name, owner in info.aliases.items()
-        if name not in info.tensors
-    ]
-    return lines
-
-
-def checkpoint_json(info: "CheckpointInfo") -> dict[str, Any]:
-    """Return what ``inspect --json`` prints of one checkpoint."""
-    return {
-        "source": info.source,
-        "hub": None if info.hub is None else info.hub._asdict(),
-        "layout": info.layout,
-        "step": info.step,
-        "epoch": info.epoch,
-        "nbytes": info.nbytes,
-        "n_parameters": info.n_parameters,
-        "files": [{"path": file.path, "nbytes": file.size} for file in info.files],
-        "metadata": dict(info.metadata),
-        "notes": list(info.notes),
-        "aliases": dict(info.aliases),
-        "tensors": {
-            name: {"dtype": str(tensor.dtype), "shape": list(tensor.shape), "nbytes": tensor.nbytes}
-            for name, tensor in info.tensors.items()
-        },
-    }
-
-
-def revision_lines(repo: str, revisions: "Sequence[HubRevision]") -> list[str]:
-    """Return what ``inspect`` shows of a whole repository on the Hub."""
-    rows = [
-        [f"  {repo}@{one.revision}", _step(one.revision), one.commit[:_COMMIT_DIGITS]]
-        for one in revisions
-    ]
-    return [
-        f"{repo}: {len(revisions)} branches and tags; name one to see what is in it",
-        *table(["  revision", "step", "commit"], rows),
-    ]
-
-
-def revisions_json(repo: str, revisions: "Sequence[HubRevision]") -> dict[str, Any]:
-    """Return what ``inspect --json`` prints of a whole repository on the Hub."""
-    from ckptavg.checkpoint.position import position_from_name
-
-    return {
-        "repo": repo,
-        "revisions": [
-            {
-                "revision": one.revision,
-                "commit": one.commit,
-                "step": position_from_name(one.revision).step,
-            }
-            for one in revisions
-        ],
-    }
-
-
-def _step(revision: str) -> str:
-    from ckptavg.checkpoint.position import position_from_name
-
-    step = position_from_name(revision).step
-    return "" if step is None else str(step)
-
-
-def _commit(found: "HubRevision | None") -> str:
-    return "" if found is None else f" ({found.commit[:_COMMIT_DIGITS]})"
 
 
 def _some(names: Sequence[str], count: int = 3) -> str:

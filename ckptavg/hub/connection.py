@@ -37,6 +37,7 @@ class HubConnection:
         self._cache = cache
         self._read_ahead = ReadAhead(connections or CONNECTIONS)
         self._repositories: dict[str, HubRepository] = {}
+        self._folders: dict[tuple[str, str, str], dict[str, Entry]] = {}
         self._lock = Lock()
         self._n_bytes_before = traffic.nbytes
 
@@ -55,8 +56,11 @@ class HubConnection:
         return self.repository(reference.repo).find(reference)
 
     def list_folder(self, found: HubRevision) -> dict[str, Entry]:
-        """Return what is in a folder; see ``catalog.list_folder``."""
-        return catalog.list_folder(found)
+        """Return what is in a folder, asked once; see ``catalog.list_folder``."""
+        key = found.repo, found.commit, found.path
+        if key not in self._folders:
+            self._folders[key] = catalog.list_folder(found)
+        return self._folders[key]
 
     def open_file(self, found: HubRevision, path: str, entry: Entry, label: str) -> HubFile:
         """Open a file that is read by ranges."""

@@ -1,0 +1,289 @@
+"""What was typed -> opened checkpoints: run directories opened out, and a selection taken."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ckptavg.checkpoint import Checkpoint, open_checkpoint, open_hub_checkpoint
+from ckptavg.checkpoint.folder import Folder, LocalFolder
+from ckptavg.checkpoint.hub_folder import HubFolder, names_a_file
+from ckptavg.checkpoint.position import Position, position_from_name, training_order
+from ckptavg.errors import CheckpointError, SourceError
+from ckptavg.runs import Candidate, Run, find_run, in_order, mixture, settle
+from ckptavg.selection import Selection
+from ckptavg.sources import HubAccess, SingleCheckpoint, Source, expand_sources, hub_reference
+from ckptavg.tensors import HubRevision
+
+
+def open_sources(
+    sources: Source | Sequence[Source],
+    *,
+    state_key: str | None = None,
+    hub: HubAccess | None = None,
+    selection: Selection | None = None,
+) -> tuple[list[Checkpoint], list[str]]:
+    """Open what is taken of what the sources stand for, in the order typed.
+
+    A run directory stands for the checkpoints in it, oldest first. Those on the Hub are opened
+    several at once.
+
+    Returns:
+        The checkpoints, and what a user should know about how they were found.
+
+    Raises:
+        SourceError: If a source leads nowhere, a directory holds checkpoints of several runs, or
+            the selection leaves none.
+        CheckpointError: If one cannot be read. Those opened before it are closed.
+        HubError: If the Hub cannot be reached.
+    """
+    hub, selection = hub or HubAccess(), selection or Selection()
+    candidates = find_candidates(sources, hub, selection)
+    try:
+        open_candidates(candidates, state_key=state_key, hub=hub)
+        taken, notes = _taken(candidates, selection)
+        checkpoints = []
+        for candidate in candidates:
+            if candidate.checkpoint is not None and candidate not in taken:
+                candidate.checkpoint.close()
+        for candidate in taken:
+            if candidate.problem is not None:
+                raise candidate.problem
+            if candidate.checkpoint is not None:
+                checkpoints.append(candidate.checkpoint)
+    except BaseException:
+        close_all([one.checkpoint for one in candidates if one.checkpoint is not None])
+        raise
+    return checkpoints, [*notes, *_duplicates(checkpoints)]
+
+
+def open_source(
+    source: str | Path | HubRevision, *, state_key: str | None, hub: HubAccess
+) -> Checkpoint:
+    """Open one checkpoint, local or on the Hub.
+
+    Raises:
+        SourceError: If it is not there, or names several.
+        CheckpointError: If it cannot be read.
+        HubError: If the Hub cannot be reached.
+    """
+    if isinstance(source, str) and hub_reference(source):
+        found = expand_sources(source, hub)
+        if len(found) != 1:
+            raise SourceError(f"{source}: names {len(found)} checkpoints, expected one")
+        (source,) = found
+    if isinstance(source, HubRevision):
+        return open_hub_checkpoint(source, hub.connection, state_key=state_key)
+    return open_checkpoint(source, state_key=state_key)
+
+
+def find_candidates(
+    sources: Source | Sequence[Source], hub: HubAccess, selection: Selection
+) -> list[Candidate]:
+    """Return what sources stand for, run directories opened out, unless its name does not match.
+
+    On the Hub, where every name tells its step, what the selection leaves out is left out here.
+
+    Raises:
+        SourceError: As ``expand_sources``; or a directory holds several runs, or is a checkpoint
+            and a run at once with nothing to say which is meant.
+        HubError: If the Hub cannot be asked.
+    """
+    found: list[Candidate] = []
+    expanded = expand_sources(sources, hub)
+    on_hub = [one for one in expanded if isinstance(one, HubRevision)]
+    runs: dict[str | HubRevision, Run | None] = {}
+    if on_hub:  # several at once; what is named after a step is a checkpoint, not a run
+        asked = [one for one in on_hub if position_from_name(_last_part(one)).step is None]
+        hub.connection.map(lambda one: runs.update({one: _find_run(one, hub)}), asked)
+    for source in expanded:
+        run = runs.get(source) if isinstance(source, HubRevision) else _find_run(source, hub)
+        if run is not None and run.has_weights and not selection.is_given:
+            raise SourceError(
+                f"{run.label}: holds weights of its own and {len(run.names)} checkpoints inside; "
+                "select among those, for example with --last 5, or name the weights' file"
+            )
+        if run is None:
+            found.append(Candidate(source=source, name=_last_part(source)))
+            continue
+        found += _members(run, source)
+    matching = [one for one in found if selection.matches(one.name)]
+    if not matching:
+        raise SourceError(f"none of {len(found)} checkpoints is called so: {selection}")
+    steps = [one.position.step for one in matching]
+    if all(isinstance(one.source, HubRevision) for one in matching) and None not in steps:
+        order = in_order(matching)
+        chosen = selection.chosen(
+            [one.position.step for one in order], [one.label for one in order]
+        )
+        kept = [order[index] for index in chosen]
+        return [one for one in matching if one in kept]
+    return matching
+
+
+def open_run(
+    source: Source, hub: HubAccess, *, state_key: str | None
+) -> tuple[Run, list[Candidate]] | None:
+    """Find and open the checkpoints in a run directory; None if the source is none.
+
+    Raises:
+        SourceError: If it is not there.
+        HubError: If the Hub cannot be reached.
+    """
+    found = expand_sources(source, hub)
+    run = _find_run(found[0], hub) if len(found) == 1 else None
+    if run is None:
+        return None
+    members = _members(run, found[0])
+    try:
+        open_candidates(members, state_key=state_key, hub=hub)
+    except BaseException:
+        close_all([one.checkpoint for one in members if one.checkpoint is not None])
+        raise
+    return run, members
+
+
+def _members(run: Run, source: str | HubRevision) -> list[Candidate]:
+    members = []
+    for name in run.names:
+        inside: str | HubRevision
+        if isinstance(source, HubRevision):
+            inside = source._replace(path=f"{source.path}/{name}".lstrip("/"))
+        else:
+            inside = os.path.join(source, name)  # noqa: PTH118  # "./x" stays as typed
+        members.append(Candidate(source=inside, name=name.rpartition("/")[2], run=run))
+    return members
+
+
+def open_candidates(
+    candidates: Sequence[Candidate], *, state_key: str | None, hub: HubAccess
+) -> None:
+    """Open all, and note in each what keeps it from being opened, or from being taken.
+
+    Raises:
+        SourceError: If something is not there.
+        CheckpointError: If a checkpoint that was named itself cannot be opened.
+        HubError: If the Hub cannot be reached.
+    """
+
+    def open_one(candidate: Candidate) -> None:
+        try:
+            candidate.checkpoint = open_source(candidate.source, state_key=state_key, hub=hub)
+        except CheckpointError as error:
+            if candidate.run is None:  # it was named: nothing else is worth a look
+                raise
+            candidate.problem = error
+
+    on_hub = [one for one in candidates if isinstance(one.source, HubRevision)]
+    if on_hub:
+        hub.connection.map(open_one, on_hub)
+    for candidate in candidates:
+        if not isinstance(candidate.source, HubRevision):
+            open_one(candidate)
+    for members in _by_run(candidates).values():
+        settle(members)
+
+
+def _taken(
+    candidates: Sequence[Candidate], selection: Selection
+) -> tuple[list[Candidate], list[str]]:
+    """Apply a selection; return what is taken, in the order typed, and notes on what is not."""
+    notes: list[str] = []
+    there: list[Candidate] = []  # runs from their oldest checkpoint on
+    for run, members in _by_run(candidates).items():
+        problem = mixture(members)
+        if problem is not None:
+            raise SourceError(f"{run.label}: {problem}")
+        notes += [
+            f"{run.label}: left out {one.name}: {one.left_out}"
+            for one in members
+            if one.left_out is not None
+        ]
+        notes += [
+            f"{run.label}: left out {name}: its name says that it is not finished"
+            for name in run.unfinished
+        ]
+        if run.has_weights:
+            notes.append(f"{run.label}: left out the weights beside the checkpoints")
+        if all(one.left_out is not None for one in members):
+            raise SourceError(f"{run.label}: holds no checkpoint to take: {notes[-1]}")
+    by_run = _by_run(candidates)
+    for candidate in candidates:
+        if candidate.run is None:
+            there.append(candidate)
+        elif candidate.run in by_run:
+            there += in_order([one for one in by_run.pop(candidate.run) if one.left_out is None])
+    by_age = in_order(there)
+    indices = selection.chosen([one.position.step for one in by_age], [one.label for one in by_age])
+    kept = [by_age[index] for index in indices]
+    if len(kept) < len(there):
+        notes.append(
+            f"took {len(kept)} of {len(there)} checkpoints ({selection}): "
+            f"{kept[0].name} to {kept[-1].name}"
+        )
+    return [one for one in there if one in kept], notes
+
+
+def _by_run(candidates: Sequence[Candidate]) -> dict[Run, list[Candidate]]:
+    runs: dict[Run, list[Candidate]] = {}
+    for candidate in candidates:
+        if candidate.run is not None:
+            runs.setdefault(candidate.run, []).append(candidate)
+    return runs
+
+
+def _find_run(source: str | HubRevision, hub: HubAccess) -> Run | None:
+    if isinstance(source, SingleCheckpoint):
+        return None
+    try:
+        folder: Folder
+        if isinstance(source, HubRevision):
+            if names_a_file(source):
+                return None
+            folder = HubFolder(source, hub.connection)
+        elif os.path.isdir(source):  # noqa: PTH112  # a name with a NUL byte is none
+            folder = LocalFolder(Path(source), source)
+        else:
+            return None
+        return find_run(folder)
+    except OSError as error:  # a directory that may not be listed
+        raise CheckpointError(f"{source}: cannot be read: {error.strerror}") from error
+
+
+def _last_part(source: str | HubRevision) -> str:
+    if isinstance(source, HubRevision):
+        return source.path.rpartition("/")[2] or source.revision
+    return os.path.basename(os.path.normpath(source))  # noqa: PTH119  # "." has none
+
+
+def order_by_position(checkpoints: Sequence[Checkpoint]) -> list[int]:
+    """Return the indices of the checkpoints, oldest first; see ``training_order``."""
+    return training_order([Position(one.step, one.epoch) for one in checkpoints])
+
+
+def close_all(checkpoints: Sequence[Checkpoint]) -> None:
+    """Close the files of all checkpoints."""
+    for checkpoint in checkpoints:
+        checkpoint.close()
+
+
+def _duplicates(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Say which checkpoints are the same, and which hold some of the same files."""
+    seen: dict[tuple[tuple[int, int] | str, ...], str] = {}
+    holders: dict[tuple[int, int] | str, str] = {}
+    notes, shared = [], list[tuple[str, str]]()
+    for checkpoint in checkpoints:
+        identity = tuple(file.identity for file in checkpoint.files)
+        if identity in seen:
+            notes.append(
+                f"{checkpoint.label} is the same checkpoint as {seen[identity]}: it counts twice"
+            )
+            continue
+        seen[identity] = checkpoint.label
+        others = {holders[one] for one in identity if one in holders}
+        shared += [(checkpoint.label, other) for other in sorted(others)]
+        holders |= dict.fromkeys(identity, checkpoint.label)
+    if shared:
+        one, other = shared[0]
+        more = f", as do {len(shared) - 1} more pairs" if len(shared) > 1 else ""
+        notes.append(f"{one} and {other} have weight files in common{more}: were they trained?")
+    return notes
