@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from ckptavg.tensors import FLOAT32, DType, Piece, TensorInfo
+from ckptavg.tensors import DType, Piece, TensorInfo
 
 BLOCK_NBYTES = 16 * 2**20
 TAKE_CHUNK_NBYTES = 2**20
@@ -60,7 +60,7 @@ class Chunk:
         block: Number of the block of the plan that it is, or is a part of.
         pieces: The input bytes, the same in every checkpoint.
         numel: Number of elements; a complex number counts as two.
-        dtype: dtype of the input elements; complex64 is worked on as pairs of float32.
+        dtype: dtype of the input elements; complex numbers are worked on as pairs.
         output_dtype: dtype of the output elements.
         action: AVERAGE or TAKE.
         destinations: (shard index, first byte in its data) of every place the result goes to.
@@ -146,9 +146,9 @@ def _cut_span(
 ) -> Iterator[Chunk]:
     """Cut tensors that lie side by side in the output into blocks."""
     first = span[0]
-    dtype, output_dtype, scale = first.info.dtype, first.output_dtype, 1
-    if dtype.kind == "complex":  # real and imaginary parts are averaged alike
-        dtype, output_dtype, scale = FLOAT32, FLOAT32, 2
+    # real and imaginary parts of complex numbers are averaged alike
+    dtype, output_dtype = first.info.dtype.part, first.output_dtype.part
+    scale = first.info.dtype.itemsize // dtype.itemsize
     whole = Chunk(
         block=first_block,
         pieces=tuple(
@@ -158,8 +158,10 @@ def _cut_span(
         dtype=dtype,
         output_dtype=output_dtype,
         action=first.action,
-        destinations=tuple(
-            (tensor.shard, tensor.offset) for tensor in (first, *copies.get(first.name, ()))
+        destinations=tuple(  # tied names may share one place
+            dict.fromkeys(
+                (tensor.shard, tensor.offset) for tensor in (first, *copies.get(first.name, ()))
+            )
         ),
     )
     for number, block in enumerate(whole.cut(BLOCK_NBYTES), start=first_block):

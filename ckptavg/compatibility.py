@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.errors import IncompatibleCheckpointsError
-from ckptavg.tensors import TensorInfo
+from ckptavg.tensors import COMPLEX32, OutputFormat, TensorInfo
 
 _MAX_DIFFERENCES_SHOWN = 5
 
@@ -15,8 +15,8 @@ _QUANTISATION_STATE = re.compile(r"\.(quant_state\.\S+|absmax|quant_map|SCB)$")
 _HINT_PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
-def refuse_unaveragable(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint that holds quantised weights, or nothing to average.
+def refuse_unaveragable(checkpoint: Checkpoint, output_format: OutputFormat) -> None:
+    """Refuse what holds quantised weights, what the output cannot store, or nothing to average.
 
     Raises:
         IncompatibleCheckpointsError: Saying which tensor and why.
@@ -33,10 +33,20 @@ def refuse_unaveragable(checkpoint: Checkpoint) -> None:
             raise refuse(
                 f"tensor '{name}' of {info.dtype} is quantised; average the full-precision weights"
             )
+        if info.dtype is COMPLEX32:
+            raise refuse(f"tensor '{name}' is {info.dtype}, which is not averaged")
+        if output_format == "torch":
+            continue
         if name == "__metadata__":
-            raise refuse("a tensor is called '__metadata__', a name that safetensors reserves")
+            raise refuse(
+                "a tensor is called '__metadata__', a name that safetensors reserves; "
+                "pass --output-format torch"
+            )
         if info.dtype.code is None:
-            raise refuse(f"tensor '{name}' is {info.dtype}, which safetensors cannot store")
+            raise refuse(
+                f"tensor '{name}' is {info.dtype}, which safetensors cannot store; "
+                "pass --output-format torch"
+            )
     if not any(info.dtype.kind in ("float", "complex") for info in checkpoint.tensors.values()):
         raise refuse("nothing to average: it holds no floating-point tensors")
 
@@ -47,9 +57,10 @@ def refuse_differences(checkpoint: Checkpoint, reference: Checkpoint) -> None:
     Raises:
         IncompatibleCheckpointsError: Naming the first differences and what would help.
     """
-    mine, theirs = set(checkpoint.tensors), set(reference.tensors)
-    missing = [name for name in reference.tensors if name not in mine | checkpoint.aliases.keys()]
-    extra = [name for name in checkpoint.tensors if name not in theirs | reference.aliases.keys()]
+    mine = checkpoint.tensors.keys() | checkpoint.aliases.keys()
+    theirs = reference.tensors.keys() | reference.aliases.keys()
+    missing = [name for name in reference.tensors if name not in mine]
+    extra = [name for name in checkpoint.tensors if name not in theirs]
     differences = [
         f"'{name}' is in {reference.label}, not in {checkpoint.label}" for name in missing
     ]

@@ -15,7 +15,7 @@ PROVENANCE_NAME = "ckptavg.json"
 _SPARE_BYTES = 64 * 2**20  # side files, directory entries
 # what a bare model directory may hold, beside what the provenance lists
 _MODEL_FILE = re.compile(
-    r"ckptavg\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"ckptavg\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|model\.pt"
     r"|(generation_|preprocessor_|processor_)?config\.json|tokenizer(_config)?\.json"
     r"|tokenizer\.model|special_tokens_map\.json|vocab\.(json|txt)|merges\.txt|chat_template\.jinja"
 )

@@ -18,7 +18,6 @@ from ckptavg.hub import natural_order
 from ckptavg.inspecting import checkpoint_info, run_info
 from ckptavg.memory import peak_device_bytes, peak_host_bytes
 from ckptavg.output import OutputDirectory
-from ckptavg.plan import DEFAULT_MAX_SHARD_BYTES
 from ckptavg.prepare import chosen_schemes
 from ckptavg.processes import joined_processes
 from ckptavg.provenance import weight_file_metadata
@@ -44,7 +43,7 @@ from ckptavg.steps import (
     recompute_statistics,
     report_notes,
 )
-from ckptavg.tensors import HubRevision, PushResult
+from ckptavg.tensors import HubRevision, OutputFormat, PushResult
 
 
 def average_checkpoints(
@@ -64,11 +63,13 @@ def average_checkpoints(
     allow_nonfinite: bool = False,
     state_key: str | None = None,
     strip_prefixes: Sequence[str] = (),
+    keep_prefix: bool = False,
     batchnorm: BnPass | None = None,
     device: str = "auto",
     memory_budget_bytes: int = DEFAULT_MEMORY_BUDGET_BYTES,
     n_threads: int | None = None,
-    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
+    output_format: OutputFormat = "safetensors",
     overwrite: bool = False,
     include_code: bool = True,
     cache: bool = False,
@@ -76,7 +77,7 @@ def average_checkpoints(
     progress: Progress | None = None,
     command: str | None = None,
 ) -> AverageResult:
-    """Average saved checkpoints into one safetensors model directory, or several at once.
+    """Average saved checkpoints into one model directory, or several at once.
 
     With ``batchnorm``, the averaged model's BatchNorm statistics are recomputed before anything is
     published. The output appears complete or not at all. A run that was interrupted (not one that
@@ -104,11 +105,15 @@ def average_checkpoints(
         allow_nonfinite: Keep infinity and NaN instead of refusing them.
         state_key: The entry of torch files that holds the weights, such as ``ema``.
         strip_prefixes: Prefixes to remove from tensor names.
+        keep_prefix: Compare names without prefixes, but write those of the last checkpoint.
         batchnorm: Model and data for the BatchNorm pass.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
         memory_budget_bytes: Upper bound for the buffers in host memory, of each process.
         n_threads: Threads that read; None chooses by the machine.
-        max_shard_bytes: Upper bound for an output file, unless one tensor is larger.
+        max_shard_bytes: Upper bound for an output file, unless one tensor is larger; None is 5 GB.
+            Not for torch files, which are never split.
+        output_format: ``safetensors``, or ``torch`` for one file ``model.pt``, as torch.save
+            writes a state dict.
         overwrite: Replace an existing output, in one step at the end.
         cache: Keep what comes from the Hub in the cache of huggingface_hub; else the bytes are
             streamed and stored nowhere.
@@ -145,10 +150,12 @@ def average_checkpoints(
             selection=selection,
             state_key=state_key,
             strip_prefixes=strip_prefixes,
+            keep_prefix=keep_prefix,
             device=device,
             memory_budget_bytes=memory_budget_bytes,
             n_threads=n_threads,
             max_shard_bytes=max_shard_bytes,
+            output_format=output_format,
             overwrite=overwrite,
             include_code=include_code,
             batchnorm=batchnorm,
@@ -217,10 +224,12 @@ def recompute_bn(
     *,
     state_key: str | None = None,
     strip_prefixes: Sequence[str] = (),
+    keep_prefix: bool = False,
     device: str = "auto",
     memory_budget_bytes: int = DEFAULT_MEMORY_BUDGET_BYTES,
     n_threads: int | None = None,
-    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
+    output_format: OutputFormat = "safetensors",
     overwrite: bool = False,
     include_code: bool = True,
     cache: bool = False,
@@ -236,10 +245,12 @@ def recompute_bn(
         batchnorm: Model and data.
         state_key: As in ``average_checkpoints``, like all that follow.
         strip_prefixes: Likewise.
+        keep_prefix: Likewise.
         device: Likewise.
         memory_budget_bytes: Likewise.
         n_threads: Likewise.
         max_shard_bytes: Likewise.
+        output_format: Likewise.
         overwrite: Likewise.
         include_code: Likewise.
         cache: Likewise.
@@ -262,10 +273,12 @@ def recompute_bn(
         batchnorm=batchnorm,
         state_key=state_key,
         strip_prefixes=strip_prefixes,
+        keep_prefix=keep_prefix,
         device=device,
         memory_budget_bytes=memory_budget_bytes,
         n_threads=n_threads,
         max_shard_bytes=max_shard_bytes,
+        output_format=output_format,
         overwrite=overwrite,
         include_code=include_code,
         cache=cache,

@@ -9,24 +9,26 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import get_args
 
 from ckptavg._version import __version__
 from ckptavg.blocks import TAKE_CHUNK_NBYTES, Action, Chunk, TensorPlan, cut_into_blocks
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.compatibility import refuse_differences, refuse_unaveragable, tied_names
-from ckptavg.errors import IncompatibleCheckpointsError
+from ckptavg.errors import IncompatibleCheckpointsError, UsageError
 from ckptavg.hub import split_into_shards
 from ckptavg.recipe import CoefficientRow, Recipe, Scheme, coefficient_row, output_names
 from ckptavg.tensors import (
     DTYPE_BY_NAME,
-    FLOAT32,
     DType,
     FileStamp,
     HubRevision,
+    OutputFormat,
     TensorInfo,
 )
 
-DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
+SAFETENSORS_NAME, TORCH_NAME = "model.safetensors", "model.pt"
+_DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 
 _LORA_FACTOR = re.compile(r"\.lora_(A|B|embedding_A|embedding_B)\b")
 _BATCHNORM_STATISTIC = re.compile(r"(^|\.)running_(mean|var)$")
@@ -67,6 +69,8 @@ class AveragePlan:
         outputs: The averages to make.
         labels, steps, epochs, files, hubs: The checkpoints, oldest first.
         places: Their ``places_digest``.
+        output_format: How the weights are stored.
+        names: The output's tensor names, in the order of the last checkpoint.
         tensors: The output's tensors, in the order of the output.
         shards: The output's weight files.
         metadata: String map for the output's weight files: tied names that were declared.
@@ -82,6 +86,8 @@ class AveragePlan:
     files: tuple[tuple[FileStamp, ...], ...]
     hubs: tuple[HubRevision | None, ...]
     places: tuple[str, ...]
+    output_format: OutputFormat
+    names: tuple[str, ...]
     tensors: tuple[TensorPlan, ...]
     shards: tuple[ShardPlan, ...]
     metadata: Mapping[str, str]
@@ -96,7 +102,7 @@ class AveragePlan:
     @cached_property
     def total_nbytes(self) -> int:
         """Bytes of all tensors in one output."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+        return sum(shard.nbytes for shard in self.shards)
 
     @property
     def write_nbytes(self) -> int:
@@ -157,9 +163,7 @@ class AveragePlan:
     def arithmetic_dtypes(self) -> set[tuple[DType, DType]]:
         """The (input, output) dtypes of averaged chunks."""
         return {
-            (FLOAT32, FLOAT32)
-            if tensor.info.dtype.kind == "complex"
-            else (tensor.info.dtype, tensor.output_dtype)
+            (tensor.info.dtype.part, tensor.output_dtype.part)
             for tensor in self.with_action(Action.AVERAGE)
         }
 
@@ -203,7 +207,8 @@ def plan_average(
     checkpoints: Sequence[Checkpoint],
     recipe: Recipe,
     *,
-    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
+    output_format: OutputFormat = "safetensors",
     notes: Sequence[str] = (),
 ) -> AveragePlan:
     """Decide everything about averaging these checkpoints.
@@ -213,20 +218,24 @@ def plan_average(
     Args:
         checkpoints: Opened checkpoints, oldest first.
         recipe: What to compute.
-        max_shard_bytes: Upper bound for an output file, unless one tensor is larger.
+        max_shard_bytes: Upper bound for an output file, unless one tensor is larger; None is 5 GB.
+            Torch files are never split.
+        output_format: How the weights are stored.
         notes: What is known already; the plan's own notes follow.
 
     Raises:
         IncompatibleCheckpointsError: If names, shapes or dtypes differ, nothing can be averaged,
             or the tensors are quantised.
-        UsageError: If the recipe's coefficients do not match the checkpoints.
+        UsageError: If the recipe's coefficients do not match the checkpoints, or there is no such
+            format.
     """
+    check_format(output_format, max_shard_bytes)
     if not checkpoints:
         raise IncompatibleCheckpointsError("nothing to average: no checkpoints")
     outputs = _outputs(recipe, len(checkpoints))
     reference = checkpoints[-1]
     for checkpoint in checkpoints:
-        refuse_unaveragable(checkpoint)
+        refuse_unaveragable(checkpoint, output_format)
     for checkpoint in checkpoints[:-1]:
         refuse_differences(checkpoint, reference)
 
@@ -245,7 +254,12 @@ def plan_average(
     if n_unused:
         plan_notes.append(f"{n_unused} of the {len(checkpoints)} checkpoints go into no average")
     dtypes = {name: _output_dtype(info, recipe) for name, info in reference.tensors.items()}
-    tensors, shards = _lay_out(reference.tensors, dtypes, owners, max_shard_bytes)
+    if output_format == "torch":
+        files, shared = {TORCH_NAME: list(reference.tensors)}, owners
+    else:
+        max_shard_bytes = max_shard_bytes or _DEFAULT_MAX_SHARD_BYTES
+        files, shared = _split(reference.tensors, dtypes, max_shard_bytes), {}
+    tensors, shards = _lay_out(reference.tensors, dtypes, owners, files, shared)
     return AveragePlan(
         recipe=recipe,
         outputs=outputs,
@@ -255,6 +269,8 @@ def plan_average(
         files=tuple(tuple(checkpoint.files) for checkpoint in checkpoints),
         hubs=tuple(checkpoint.hub for checkpoint in checkpoints),
         places=tuple(checkpoint.places_digest for checkpoint in checkpoints),
+        output_format=output_format,
+        names=tuple(reference.tensors),
         tensors=tensors,
         shards=shards,
         metadata={
@@ -265,6 +281,22 @@ def plan_average(
         read_scratch_nbytes=max(checkpoint.read_scratch_nbytes for checkpoint in checkpoints),
         notes=tuple(dict.fromkeys(plan_notes)),
     )
+
+
+def check_format(output_format: OutputFormat, max_shard_bytes: int | None) -> None:
+    """Refuse a format that is not known, and a bound for files that are never split.
+
+    Raises:
+        UsageError: If so.
+    """
+    known = get_args(OutputFormat)
+    if output_format not in known:
+        raise UsageError(f"output_format is '{output_format}', expected one of {', '.join(known)}")
+    if output_format == "torch" and max_shard_bytes is not None:
+        raise UsageError(
+            "a torch file is never split: leave out max_shard_bytes (--max-shard-size), or write "
+            "safetensors"
+        )
 
 
 def _outputs(recipe: Recipe, n_checkpoints: int) -> tuple[OutputPlan, ...]:
@@ -282,22 +314,35 @@ def _output_dtype(info: TensorInfo, recipe: Recipe) -> DType:
     return info.dtype
 
 
+def _split(
+    infos: Mapping[str, TensorInfo], output_dtypes: Mapping[str, DType], max_shard_bytes: int
+) -> dict[str, list[str]]:
+    """Return file name -> tensor names."""
+    sizes = {name: info.numel * output_dtypes[name].itemsize for name, info in infos.items()}
+    if sum(sizes.values()) <= max_shard_bytes:
+        return {SAFETENSORS_NAME: list(sizes)}
+    return split_into_shards(sizes, max_shard_bytes)
+
+
 def _lay_out(
     infos: Mapping[str, TensorInfo],
     output_dtypes: Mapping[str, DType],
     owners: Mapping[str, str],
-    max_shard_bytes: int,
+    names_by_file: Mapping[str, list[str]],
+    shared: Mapping[str, str],
 ) -> tuple[tuple[TensorPlan, ...], tuple[ShardPlan, ...]]:
-    """Place every tensor: widest dtype first, so that each lies aligned to its own element size."""
-    sizes = {name: info.numel * output_dtypes[name].itemsize for name, info in infos.items()}
-    if sum(sizes.values()) <= max_shard_bytes:
-        names_by_file = {"model.safetensors": list(sizes)}
-    else:
-        names_by_file = split_into_shards(sizes, max_shard_bytes)
+    """Place every tensor: widest dtype first, so that each lies aligned to its own element size.
+
+    ``shared`` are the tied names that lie where their owners do.
+    """
     tensors, shards = [], []
     for shard, (filename, names) in enumerate(sorted(names_by_file.items())):
         names = sorted(names, key=lambda name: -output_dtypes[name].itemsize)
-        offset = 0
+        offset, offsets = 0, dict[str, int]()
+        for name in names:
+            if name not in shared:
+                offsets[name] = offset
+                offset += infos[name].numel * output_dtypes[name].itemsize
         for name in names:
             kind = infos[name].dtype.kind
             action = Action.AVERAGE if kind in ("float", "complex") else Action.TAKE
@@ -309,9 +354,8 @@ def _lay_out(
                     action=Action.ALIAS if name in owners else action,
                     owner=owners.get(name),
                     shard=shard,
-                    offset=offset,
+                    offset=offsets[shared.get(name, name)],
                 )
             )
-            offset += sizes[name]
         shards.append(ShardPlan(filename, offset, tuple(names)))
     return tuple(tensors), tuple(shards)

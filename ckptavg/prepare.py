@@ -14,11 +14,11 @@ from ckptavg.average import (
     choose_device,
     size_workspace,
 )
-from ckptavg.checkpoint import Checkpoint, normalise_names
+from ckptavg.checkpoint import Checkpoint, normalise_names, under_last_names
 from ckptavg.destination import check_destination
 from ckptavg.errors import CkptavgError, MemoryBudgetError, SourceError, UsageError
 from ckptavg.gathering import close_all, open_source, open_sources, order_by_position
-from ckptavg.plan import DEFAULT_MAX_SHARD_BYTES, AveragePlan, plan_average
+from ckptavg.plan import AveragePlan, check_format, plan_average
 from ckptavg.processes import Processes
 from ckptavg.provenance import earlier_provenance, last_averaged
 from ckptavg.recipe import Recipe, Scheme, parse_scheme
@@ -26,7 +26,7 @@ from ckptavg.results import BnPass
 from ckptavg.selection import Selection
 from ckptavg.side_files import SideFile, find_side_files, inherited_front_matter
 from ckptavg.sources import HubAccess, Source
-from ckptavg.tensors import HubRevision
+from ckptavg.tensors import HubRevision, OutputFormat
 
 if TYPE_CHECKING:
     from ckptavg.bn_pass import BnOutcome, LastCheckpoint
@@ -59,6 +59,7 @@ class Prepared:
     inherited_cards: Sequence[str | None]
     state_key: str | None
     strip_prefixes: tuple[str, ...]
+    keep_prefix: bool
     notes: tuple[str, ...]
 
 
@@ -84,10 +85,12 @@ def prepared_average(
     selection: Selection | None = None,
     state_key: str | None = None,
     strip_prefixes: Sequence[str] = (),
+    keep_prefix: bool = False,
     device: str = "auto",
     memory_budget_bytes: int = DEFAULT_MEMORY_BUDGET_BYTES,
     n_threads: int | None = None,
-    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
+    output_format: OutputFormat = "safetensors",
     overwrite: bool = False,
     include_code: bool = True,
     batchnorm: BnPass | None = None,
@@ -106,6 +109,7 @@ def prepared_average(
     ):
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}, expected at least 1")
+    check_format(output_format, max_shard_bytes)
     hub = HubAccess(cache=cache, connections=n_threads)
     with _telling_what_was_fetched(hub):
         opened, notes = open_sources(sources, state_key=state_key, hub=hub, selection=selection)
@@ -117,9 +121,15 @@ def prepared_average(
         checkpoints, naming_notes = normalise_names(
             [opened[index] for index in order], strip_prefixes
         )
+        if keep_prefix:
+            checkpoints, naming_notes = under_last_names(checkpoints)
         with _telling_what_was_fetched(hub):
             plan = plan_average(
-                checkpoints, recipe, max_shard_bytes=max_shard_bytes, notes=[*notes, *naming_notes]
+                checkpoints,
+                recipe,
+                max_shard_bytes=max_shard_bytes,
+                output_format=output_format,
+                notes=[*notes, *naming_notes],
             )
         workspace = _workspace(
             plan,
@@ -170,6 +180,7 @@ def prepared_average(
             ),
             state_key=state_key,
             strip_prefixes=tuple(strip_prefixes),
+            keep_prefix=keep_prefix,
             hub=hub,
             derived_from=[earlier_provenance(one) for one in checkpoints],
             inherited_cards=inherited_cards,

@@ -50,6 +50,7 @@ def provenance(
     device: str,
     state_key: str | None,
     strip_prefixes: Sequence[str],
+    keep_prefix: bool,
     differing: Sequence[str],
     notes: Sequence[str],
     side_files: Sequence[str],
@@ -62,7 +63,11 @@ def provenance(
 ) -> bytes:
     """Return the JSON text of ``ckptavg.json`` for one output; it lists what went into that."""
     siblings = [other.name for other in plan.outputs]
-    reading = {"state_key": state_key, "strip_prefixes": list(strip_prefixes)}
+    reading = {
+        "state_key": state_key,
+        "strip_prefixes": list(strip_prefixes),
+        "keep_prefix": keep_prefix,
+    }
     recipe = {**asdict(plan.recipe), **reading}
     del recipe["schemes"]
     content = {
@@ -100,6 +105,7 @@ def provenance(
         "metrics": metrics,
         "comparison": list(comparison),
         "output": {
+            "format": plan.output_format,
             "nbytes": plan.total_nbytes,
             "shards": [shard.filename for shard in plan.shards],
             "side_files": list(side_files),

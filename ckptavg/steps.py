@@ -169,6 +169,7 @@ def finish(
     plan = prepared.plan
     for index, (one, model) in enumerate(zip(plan.outputs, directory.models, strict=True)):
         outcome, files = outcomes[index], prepared.side_files[index]
+        model.seal(prepared.workspace.n_threads)
         model.add_index()
         copy_side_files(files, model, output_dtype=plan.changed_dtype)
         model.add_file(
@@ -180,6 +181,7 @@ def finish(
                 device=prepared.workspace.device,
                 state_key=prepared.state_key,
                 strip_prefixes=prepared.strip_prefixes,
+                keep_prefix=prepared.keep_prefix,
                 differing=differing[index],
                 notes=notes,
                 side_files=[file.name for file in files],

@@ -5,6 +5,7 @@ from math import prod
 from typing import Literal, NamedTuple
 
 Kind = Literal["float", "complex", "integer", "bool", "quantised"]
+OutputFormat = Literal["safetensors", "torch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,11 @@ class DType:
         """Bytes per element (of a whole number of bytes)."""
         return self.bits // 8
 
+    @property
+    def part(self) -> "DType":
+        """What arithmetic works on: a complex number is a pair of them, any other one itself."""
+        return _PARTS.get(self, self)
+
     def __str__(self) -> str:
         return self.name
 
@@ -39,8 +45,10 @@ FLOAT16 = DType("float16", "F16", 16, "float")
 BFLOAT16 = DType("bfloat16", "BF16", 16, "float")
 FLOAT32 = DType("float32", "F32", 32, "float")
 FLOAT64 = DType("float64", "F64", 64, "float")
+COMPLEX32 = DType("complex32", None, 32, "complex")
 COMPLEX64 = DType("complex64", "C64", 64, "complex")
 COMPLEX128 = DType("complex128", None, 128, "complex")
+_PARTS = {COMPLEX64: FLOAT32, COMPLEX128: FLOAT64}
 
 _DTYPES = (
     BOOL,
@@ -56,9 +64,9 @@ _DTYPES = (
     BFLOAT16,
     FLOAT32,
     FLOAT64,
+    COMPLEX32,
     COMPLEX64,
     COMPLEX128,
-    DType("complex32", None, 32, "complex"),
     DType("float8_e5m2", "F8_E5M2", 8, "quantised"),
     DType("float8_e4m3fn", "F8_E4M3", 8, "quantised"),
     DType("float8_e8m0fnu", "F8_E8M0", 8, "quantised"),

@@ -1,27 +1,66 @@
-"""The sink: safetensors files, header first, preallocated, written by position."""
+"""The sink: weight files, headers first, preallocated, written by position."""
 
 import ctypes
 import errno
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from ckptavg.blocks import Action, TensorPlan
 from ckptavg.checkpoint.files import open_descriptor
 from ckptavg.errors import OutputError
 from ckptavg.plan import AveragePlan
+from ckptavg.torch_writer import TorchFile
 
 INDEX_NAME = "model.safetensors.index.json"
 _HEADER_ALIGNMENT = 8
 _SYNC_FILE_RANGE_WRITE = 2
 
 
+class WeightFile(Protocol):
+    """What one weight file of some format holds beside the data of its tensors.
+
+    Attributes:
+        nbytes: Size of the file.
+        known: Position and content of all that does not depend on the data.
+    """
+
+    nbytes: int
+    known: Sequence[tuple[int, bytes]]
+
+    def places(self, offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
+        """Yield position and size of the parts of the file that bytes of the data go to."""
+
+    def sealed(self, path: Path, n_threads: int) -> Iterator[tuple[int, bytes]]:
+        """Yield position and content of what depends on the data, which is in the file by now."""
+
+
+class SafetensorsFile:
+    """A header, then the data, in one piece; nothing depends on that."""
+
+    def __init__(self, tensors: Sequence[TensorPlan], metadata: Mapping[str, str]) -> None:
+        """Lay out a file."""
+        header = _header(tensors, metadata)
+        self._header_nbytes = len(header)
+        self.known: Sequence[tuple[int, bytes]] = [(0, header)]
+        self.nbytes = max((one.offset + one.nbytes for one in tensors), default=0) + len(header)
+
+    def places(self, offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
+        """Yield the one place."""
+        yield self._header_nbytes + offset, nbytes
+
+    def sealed(self, path: Path, n_threads: int) -> Iterator[tuple[int, bytes]]:
+        """Yield nothing."""
+        return iter(())
+
+
 class ModelWriter:
     """Writes the files of one model into a directory that is not published yet.
 
-    Use: ``create`` or ``reopen``, any number of ``write`` calls from any thread, then ``patch``
-    and ``add_file``, ``sync``, ``close``.
+    Use: ``create`` or ``reopen``, any number of ``write`` calls from any thread, then ``patch``,
+    ``seal`` and ``add_file``, ``sync``, ``close``.
     """
 
     def __init__(
@@ -37,7 +76,7 @@ class ModelWriter:
         Args:
             directory: Where the files go.
             plan: What will be written.
-            metadata: String map for the header of every weight file.
+            metadata: String map for the header of every weight file that has one.
             failed: Makes the error to raise when the storage refuses.
         """
         self.directory = directory
@@ -46,7 +85,12 @@ class ModelWriter:
         by_shard: list[list[TensorPlan]] = [[] for _ in plan.shards]
         for tensor in plan.tensors:
             by_shard[tensor.shard].append(tensor)
-        self._headers = [_header(tensors, metadata) for tensors in by_shard]
+        self._files: list[WeightFile] = [
+            TorchFile(tensors, plan.names, plan.metadata, Path(shard.filename).stem)
+            if plan.output_format == "torch"
+            else SafetensorsFile(tensors, metadata)
+            for shard, tensors in zip(plan.shards, by_shard, strict=True)
+        ]
         self.descriptors: list[int] = []
 
     def create(self) -> None:
@@ -56,20 +100,24 @@ class ModelWriter:
             OSError: If the storage refuses; FileExistsError if they are there already.
         """
         self.directory.mkdir(exist_ok=True)
-        for shard, header in zip(self._plan.shards, self._headers, strict=True):
+        for shard, file in zip(self._plan.shards, self._files, strict=True):
             descriptor = _create_file(self.directory / shard.filename)
             self.descriptors.append(descriptor)
-            _reserve(descriptor, len(header) + shard.nbytes)
-            _write_all(descriptor, memoryview(header), 0)
+            _reserve(descriptor, file.nbytes)
+            for position, content in file.known:
+                _write_all(descriptor, memoryview(content), position)
 
     def reopen(self) -> bool:
         """Open the weight files that another run or process made; tell whether they are right."""
-        for shard, header in zip(self._plan.shards, self._headers, strict=True):
+        for shard, file in zip(self._plan.shards, self._files, strict=True):
             try:
                 path = self.directory / shard.filename
-                self.descriptors.append(open_descriptor(path, os.O_RDWR | os.O_NOFOLLOW))
-                is_right = os.fstat(self.descriptors[-1]).st_size == len(header) + shard.nbytes
-                is_right = is_right and os.pread(self.descriptors[-1], len(header), 0) == header
+                descriptor = open_descriptor(path, os.O_RDWR | os.O_NOFOLLOW)
+                self.descriptors.append(descriptor)
+                is_right = os.fstat(descriptor).st_size == file.nbytes and all(
+                    os.pread(descriptor, len(content), position) == content
+                    for position, content in file.known
+                )
             except OSError:
                 is_right = False
             if not is_right:
@@ -87,8 +135,11 @@ class ModelWriter:
         Raises:
             OutputError: If the storage refuses.
         """
+        data = data.cast("B")
         try:
-            _write_all(self.descriptors[shard], data, len(self._headers[shard]) + offset)
+            for position, nbytes in self._files[shard].places(offset, data.nbytes):
+                _write_all(self.descriptors[shard], data[:nbytes], position)
+                data = data[nbytes:]
         except OSError as error:
             raise self._failed(error) from error
 
@@ -99,6 +150,23 @@ class ModelWriter:
                 if len(data) != tensor.nbytes:
                     raise AssertionError("the caller gives the tensor's own dtype and shape")
                 self.write(tensor.shard, tensor.offset, memoryview(data))
+
+    def seal(self, n_threads: int) -> None:
+        """Add to the weight files what depends on their data, such as checksums; the last write.
+
+        A run that ends meanwhile may be continued: what is written here does not count as done.
+
+        Raises:
+            OutputError: If the storage refuses.
+        """
+        try:
+            for shard, file, descriptor in zip(
+                self._plan.shards, self._files, self.descriptors, strict=True
+            ):
+                for position, content in file.sealed(self.directory / shard.filename, n_threads):
+                    _write_all(descriptor, memoryview(content), position)
+        except OSError as error:
+            raise self._failed(error) from error
 
     def add_index(self) -> None:
         """Add the index of the weight files, where there are several; once is enough."""

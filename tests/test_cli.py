@@ -162,6 +162,29 @@ def test_json_output_can_be_parsed(here: Path, capsys: pytest.CaptureFixture[str
     assert info["tensors"]["0.weight"] == {"dtype": "float32", "shape": [4, 3], "nbytes": 48}
 
 
+def test_a_torch_file_is_planned_and_written_when_asked(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("average", "epoch-*.pt", "-o", "swa", "--output-format", "torch")
+    code, out, _ = call(capsys, *asked, "--dry-run")
+    assert (code, "read 408 B, write 136 B: model.pt (136 B)\n" in out) == (0, True)
+    _, out, _ = call(capsys, *asked, "--dry-run", "--json")
+    assert json.loads(out)["shards"] == [{"filename": "model.pt", "nbytes": 136}]
+    assert call(capsys, *asked)[0] == 0
+    assert sorted(tree(here / "swa")) == ["ckptavg.json", "model.pt"]
+    assert len(torch.load("swa/model.pt", weights_only=True)) == 7
+    code, out, _ = call(capsys, "inspect", "swa")
+    assert out.startswith("swa: torch directory, 7 tensors, 33 values, 136 B in 1 file\n")
+    code, out, err = call(capsys, *asked, "--max-shard-size", "5GB")
+    assert (code, out) == (2, "")
+    assert "a torch file is never split: leave out max_shard_bytes (--max-shard-size)" in err
+    code, _, _ = call(
+        capsys, "recompute-bn", "swa", "-o", "fixed", "--model", "my_model:build", "--data",
+        "my_model:batches", "--output-format", "torch", "--keep-prefix",
+    )  # fmt: skip
+    assert (code, sorted(tree(here / "fixed"))) == (0, ["ckptavg.json", "model.pt"])
+
+
 def test_inspect_shows_what_is_there(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "inspect", "epoch-9.pt")
     assert code == 0

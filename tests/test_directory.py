@@ -187,8 +187,8 @@ def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     refused(
         tmp_path,
-        ": holds no weights (looked for model.safetensors, pytorch_model.bin and their sharded "
-        "forms)",
+        ": holds no weights (looked for model.safetensors, pytorch_model.bin, their sharded forms, "
+        "model.pt)",
     )
 
 

@@ -80,6 +80,20 @@ def test_a_prefix_that_only_some_have_is_stripped_when_asked(tmp_path: Path) -> 
     convolutional_network().load_state_dict(load_file(tmp_path / "swa" / "model.safetensors"))
 
 
+def test_prefixes_are_kept_when_asked(tmp_path: Path) -> None:
+    """Names are compared without them, and written as the last checkpoint has them."""
+    state = trained(0).state_dict()
+    torch.save(state, tmp_path / "epoch-0.pt")
+    torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "epoch-1.pt")
+    options = {"strip_prefixes": ["module."], "keep_prefix": True}
+    result = average_checkpoints([f"{tmp_path}/*.pt"], tmp_path / "swa", **options)  # type: ignore[arg-type]  # options
+    found = load_file(tmp_path / "swa" / "model.safetensors")
+    nn.DataParallel(convolutional_network()).load_state_dict(found)
+    assert list(result.notes)[:1] == [
+        f"tensor names keep the prefixes that they have in {tmp_path}/epoch-1.pt"
+    ]
+
+
 def test_state_key_chooses_the_weights_kept_as_ema(tmp_path: Path) -> None:
     for epoch in range(2):
         checkpoint = {"model": {"w": torch.zeros(3)}, "ema": {"w": torch.full((3,), float(epoch))}}

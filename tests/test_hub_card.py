@@ -305,3 +305,12 @@ def test_the_hub_is_asked_whether_the_card_is_valid(
     sent = [index for index, line in enumerate(lines) if line.startswith("PUT /upload/")]
     assert sent
     assert asked < min(sent)
+
+
+def test_a_torch_file_is_not_for_transformers() -> None:
+    """The card says how to load it instead."""
+    for output_format, is_for_them in (("safetensors", True), ("torch", False)):
+        content = told([checkpoint()], output={"format": output_format})
+        card = model_card(content, TARGET, has_config=True)
+        assert ("library_name" in matter(card)) == is_for_them
+        assert ("## How to load it" in card) != is_for_them

@@ -126,6 +126,25 @@ def test_a_model_with_new_statistics_is_pushed_when_it_is_done(
     assert "BatchNorm statistics of 1 layers recomputed over 8 samples" in card(hub)
 
 
+def test_a_torch_file_replaces_safetensors_and_is_read_again(
+    hub: LoopbackHub, swa: Path, tmp_path: Path
+) -> None:
+    push_model(swa, TARGET)
+    average_checkpoints(tmp_path / "swa", tmp_path / "torch", output_format="torch")
+    push_model(tmp_path / "torch", TARGET)
+    check_arrived(hub, tmp_path / "torch")
+    assert 'torch.load("model.pt", weights_only=True)' in card(hub)
+    average_checkpoints(f"{TARGET}@main", tmp_path / "again")
+    assert tree(tmp_path / "again")["model.safetensors"]
+    expected = load_file(swa / "model.safetensors")
+    found = load_file(tmp_path / "again/model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    push_model(swa, TARGET)
+    check_arrived(hub, swa)
+    assert "torch.load" not in card(hub)
+
+
 def test_a_repository_is_private_when_asked(hub: LoopbackHub, swa: Path) -> None:
     push_model(swa, TARGET, private=True)
     push_model(swa, "tester/open")

@@ -112,6 +112,18 @@ def test_memory_stays_within_the_budget_and_does_not_grow_with_checkpoints(
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_a_torch_file_is_written_within_the_same_budget(
+    checkpoints: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    found = measured(
+        checkpoints["pt"][:4], tmp_path / "out",
+        memory_budget_bytes=BUDGET_MB * MB, output_format="torch",
+    )  # fmt: skip
+    assert (tmp_path / "out/model.pt").stat().st_size > CHECKPOINT_MB * MB
+    assert found.host_nbytes <= found.promised_max_host_nbytes <= BUDGET_MB * MB
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_channels_last_weights_are_read_within_the_budget(tmp_path: Path) -> None:
     weight = torch.randn(512, 512, 7, 7).contiguous(memory_format=torch.channels_last)  # 51 MB
     transposed = torch.randn(3000, 4000).t()  # 48 MB

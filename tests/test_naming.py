@@ -10,7 +10,7 @@ from hostile import whole
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ckptavg.checkpoint import Checkpoint, normalise_names, open_checkpoint
+from ckptavg.checkpoint import Checkpoint, normalise_names, open_checkpoint, under_last_names
 from ckptavg.errors import CheckpointError, IncompatibleCheckpointsError
 
 
@@ -130,3 +130,56 @@ def test_everything_else_is_passed_on(tmp_path: Path) -> None:
     (renamed,), _ = normalise_names([checkpoint])
     for attribute in ("label", "layout", "step", "epoch", "notes", "files", "folder", "hub"):
         assert getattr(renamed, attribute) == getattr(checkpoint, attribute)
+
+
+class TestCheckpointUnderTheNamesOfAnother(CheckpointContract):
+    layout = "torch file"
+
+    def save(self, directory: Path, tensors: Mapping[str, Tensor]) -> Path:
+        path = directory / "model.pt"
+        torch.save({f"module.{name}": value for name, value in tensors.items()}, path)
+        return path
+
+    def open(self, path: Path) -> Checkpoint:
+        """The last has the prefix net., which is taken back."""
+        one = open_checkpoint(path)
+        last = path.with_name("last.safetensors")
+        save_file({f"net.{name}": torch.ones(1) for name in one.tensors}, last)
+        renamed, _ = normalise_names([one, open_checkpoint(last)], ["net."])
+        kept, _ = under_last_names(renamed)
+        assert all(name.startswith("net.module.") for name in kept[0].tensors)
+        (stripped,), _ = normalise_names(kept[:1], ["net.", "module."])
+        return stripped
+
+
+def test_names_come_back_as_the_last_checkpoint_has_them(tmp_path: Path) -> None:
+    one = named(tmp_path, "one", "a", "b", "module.c")
+    two = named(tmp_path, "two", "net.module.a", "module.b", "c")
+    renamed, _ = normalise_names([one, two], ["net.", "module."])
+    kept, notes = under_last_names(renamed)
+    assert [set(checkpoint.tensors) for checkpoint in kept] == [
+        {"net.module.a", "module.b", "c"}
+    ] * 2
+    assert notes == ["tensor names keep the prefixes that they have in two"]
+    assert read_tensor(kept[0], "c") == read_tensor(one, "module.c")
+    assert kept[0].places_digest != renamed[0].places_digest
+
+
+def test_names_that_were_never_changed_are_kept_without_a_word(tmp_path: Path) -> None:
+    checkpoint = named(tmp_path, "one", "a", "b")
+    assert under_last_names([checkpoint]) == ([checkpoint], [])
+
+
+def test_a_name_that_is_taken_already_is_refused(tmp_path: Path) -> None:
+    """The last checkpoint's 'y.a' is called 'a', which another has beside a 'y.a' of its own."""
+    two = normalise_names([named(tmp_path, "two", "y.a")], ["y."])[0]
+    message = "one: two tensor names become one under the names of two"
+    with pytest.raises(CheckpointError, match=whole(message)):
+        under_last_names([named(tmp_path, "one", "y.a", "a"), *two])
+
+
+def test_tied_names_keep_their_prefix(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({"module.a": torch.ones(2)}, path, metadata={"module.b": "module.a"})
+    (kept,), _ = under_last_names(normalise_names([open_checkpoint(path)])[0])
+    assert kept.aliases == {"module.b": "module.a"}

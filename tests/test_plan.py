@@ -126,7 +126,7 @@ def test_integer_buffers_are_not_taken_for_quantised_weights(tmp_path: Path, nam
 def test_dtype_that_safetensors_cannot_store_is_refused(tmp_path: Path) -> None:
     tensors = {"w": torch.ones(2), "z": torch.ones(2, dtype=torch.complex128)}
     assert refusal(opened(tmp_path, tensors)) == (
-        "a: tensor 'z' is complex128, which safetensors cannot store"
+        "a: tensor 'z' is complex128, which safetensors cannot store; pass --output-format torch"
     )
 
 
@@ -202,5 +202,6 @@ def test_fingerprint_changes_with_inputs_and_recipe_only(tmp_path: Path) -> None
 
 def test_a_name_that_safetensors_reserves_is_refused(tmp_path: Path) -> None:
     assert refusal(opened(tmp_path, {"w": torch.ones(2), "__metadata__": torch.ones(1)})) == (
-        "a: a tensor is called '__metadata__', a name that safetensors reserves"
+        "a: a tensor is called '__metadata__', a name that safetensors reserves; "
+        "pass --output-format torch"
     )

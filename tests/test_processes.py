@@ -137,6 +137,17 @@ def test_bits_are_those_of_one_process(tmp_path: Path, sources: list[Path], devi
     assert not list(tmp_path.glob("*.partial-*"))
 
 
+def test_a_torch_file_is_written_by_several_processes(tmp_path: Path, sources: list[Path]) -> None:
+    body = """
+average_checkpoints(sources, folder / "out", output_format="torch", distributed=True)
+"""
+    ended = script(tmp_path, body, sources)
+    assert ended.returncode == 0, ended.stderr
+    average_checkpoints(sources, tmp_path / "whole", output_format="torch")
+    one, other = (tmp_path / name / "model.pt" for name in ("out", "whole"))
+    assert one.read_bytes() == other.read_bytes()
+
+
 def test_if_one_fails_all_do_and_nothing_is_published(tmp_path: Path, sources: list[Path]) -> None:
     body = """
 from ckptavg import BnPass, CkptavgError

@@ -17,7 +17,7 @@ from ckptavg.average.work import Job
 from ckptavg.blocks import Chunk, Differing
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.errors import IncompatibleCheckpointsError
-from ckptavg.tensors import COMPLEX64, FLOAT32, FLOAT64, Piece
+from ckptavg.tensors import FLOAT64, Piece
 
 _PART_NUMEL = 2**16
 _REPAIRING = Lock()
@@ -143,7 +143,7 @@ def _repaired(job: Job, chunk: Chunk, row: int, suspects: NDArray[np.intp]) -> A
 def _count_nonfinite(checkpoint: Checkpoint, name: str) -> int:
     """Return how many elements of one tensor are infinite or NaN."""
     info = checkpoint.tensors.get(name) or checkpoint.tensors[checkpoint.aliases[name]]
-    dtype = FLOAT32 if info.dtype is COMPLEX64 else info.dtype
+    dtype = info.dtype.part
     count, step = 0, _PART_NUMEL * dtype.itemsize
     for start in range(0, info.nbytes, step):
         raw = np.empty(min(step, info.nbytes - start), np.uint8)

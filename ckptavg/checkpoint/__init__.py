@@ -9,7 +9,7 @@ from ckptavg.checkpoint.files import PositionalFile
 from ckptavg.checkpoint.folder import LocalFolder
 from ckptavg.checkpoint.formats import open_file
 from ckptavg.checkpoint.hub_folder import HubFolder, names_a_file, open_hub_weights
-from ckptavg.checkpoint.naming import normalise_names
+from ckptavg.checkpoint.naming import normalise_names, under_last_names
 from ckptavg.checkpoint.position import position_from_name
 from ckptavg.checkpoint.protocol import READ_SCRATCH_BYTES, Checkpoint
 from ckptavg.checkpoint.stored import StoredCheckpoint
@@ -27,6 +27,7 @@ __all__ = [
     "normalise_names",
     "open_checkpoint",
     "open_hub_checkpoint",
+    "under_last_names",
 ]
 
 
@@ -40,7 +41,8 @@ def open_checkpoint(
 
     Args:
         source: A safetensors file, a torch file (zip format, ``.pt .pth .bin .ckpt .tar``), or a
-            directory with ``model.safetensors``, ``pytorch_model.bin`` or their sharded forms.
+            directory with ``model.safetensors``, ``pytorch_model.bin``, their sharded forms, or
+            ``model.pt``.
         state_key: The entry of a torch file that holds the weights, such as ``ema`` or
             ``trainer.model``; None looks for the usual ones.
         label: What messages call the checkpoint; the source itself if None.

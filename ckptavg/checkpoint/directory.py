@@ -1,4 +1,7 @@
-"""Model directories in the Hugging Face layouts: one weight file, or shards and an index."""
+"""Model directories: one weight file, or shards and an index, under the names of Hugging Face.
+
+A ``model.pt`` counts where there is nothing else.
+"""
 
 import re
 from collections.abc import Sequence
@@ -27,6 +30,7 @@ _INDEXED = (
     ("model.safetensors.index.json", "model.safetensors", "sharded safetensors directory"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin", "sharded torch directory"),
 )
+_TORCH_NAME = "model.pt"
 _MAX_SHARDS = 10_000
 _SHARD = re.compile(r"(model|pytorch_model)-(\d+)-of-(\d+)\.(safetensors|bin)")
 _TIED_INPUT_SUFFIXES = (
@@ -74,6 +78,8 @@ def holds_weights(folder: Folder) -> bool:
         or any(map(is_dcp_shard, names))
         or any(_SHARD.fullmatch(name) for name in names)
         or is_trainer_layout(folder, names)
+        or [name for name in names if name.endswith(TORCH_SUFFIXES) and not is_training_state(name)]
+        == [_TORCH_NAME]
         or (len(single) == 1 and position_from_name(single[0]) == Position(None, None))
     )
 
@@ -111,6 +117,8 @@ def _open_weights(folder: Folder, state_key: str | None) -> StoredCheckpoint:
         raise IncompleteCheckpointError(
             f"{label}: holds shards ({shards[0]}), but no index, which is written last"
         )
+    if folder.has(_TORCH_NAME) and not any(name.endswith(".safetensors") for name in names):
+        return _open_single(folder, _TORCH_NAME, state_key)
     for suffixes, kind in ((".safetensors", "safetensors"), (TORCH_SUFFIXES, "torch")):
         others = [one for one in names if one.endswith(suffixes) and not is_training_state(one)]
         if len(others) == 1:

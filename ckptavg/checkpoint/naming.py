@@ -1,7 +1,7 @@
 """Tensor names that differ between checkpoints only by a wrapper's prefix."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ckptavg.checkpoint.folder import Folder
 from ckptavg.checkpoint.protocol import Checkpoint
@@ -38,10 +38,10 @@ def normalise_names(
             raise IncompatibleCheckpointsError(
                 f"no tensor name in any checkpoint begins with '{prefix}' (--strip-prefix)"
             )
-        renamed = [RenamedCheckpoint(checkpoint, prefix) for checkpoint in renamed]
+        renamed = [without_prefix(checkpoint, prefix) for checkpoint in renamed]
         notes.append(f"stripped the prefix '{prefix}' from tensor names, as asked")
     while renamed and (wrapper := _common_wrapper(renamed)):
-        renamed = [RenamedCheckpoint(checkpoint, wrapper) for checkpoint in renamed]
+        renamed = [without_prefix(checkpoint, wrapper) for checkpoint in renamed]
         notes.append(f"stripped the prefix '{wrapper}', which all tensor names had")
     return renamed, notes
 
@@ -56,11 +56,50 @@ def _common_wrapper(checkpoints: Sequence[Checkpoint]) -> str | None:
     return None
 
 
-class RenamedCheckpoint:
-    """A checkpoint under names without a prefix; everything else is passed on."""
+def without_prefix(checkpoint: Checkpoint, prefix: str) -> "RenamedCheckpoint":
+    """Strip a prefix from the names that have it.
 
-    def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
-        """Strip ``prefix`` from the names that have it.
+    Raises:
+        CheckpointError: If two names become one.
+    """
+    return RenamedCheckpoint(
+        checkpoint, lambda name: name.removeprefix(prefix), f"without the prefix '{prefix}'"
+    )
+
+
+def under_last_names(checkpoints: Sequence[Checkpoint]) -> tuple[list[Checkpoint], list[str]]:
+    """Give tensors that were renamed the names back that they have in the last checkpoint's file.
+
+    Returns:
+        The checkpoints, and a note if that changes anything.
+
+    Raises:
+        CheckpointError: If two names become one.
+    """
+    last = checkpoints[-1]
+    if not isinstance(last, RenamedCheckpoint):
+        return list(checkpoints), []
+    stored, how = last.stored_names, f"under the names of {last.label}"
+    renamed: list[Checkpoint] = [
+        RenamedCheckpoint(one, lambda name: stored.get(name, name), how) for one in checkpoints
+    ]
+    return renamed, [f"tensor names keep the prefixes that they have in {last.label}"]
+
+
+class RenamedCheckpoint:
+    """A checkpoint under other names; everything else is passed on.
+
+    Attributes:
+        stored_names: The new names, each with the one that it stands for in the file.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, rename: Callable[[str], str], how: str) -> None:
+        """Rename all tensors.
+
+        Args:
+            checkpoint: Which one; it may have been renamed before.
+            rename: Old name -> new name.
+            how: What messages say of that.
 
         Raises:
             CheckpointError: If two names become one.
@@ -68,16 +107,17 @@ class RenamedCheckpoint:
         self._checkpoint = checkpoint
         self._stored_name: dict[str, str] = {}
         for stored in (*checkpoint.tensors, *checkpoint.aliases):
-            if self._stored_name.setdefault(stored.removeprefix(prefix), stored) != stored:
-                raise CheckpointError(
-                    f"{checkpoint.label}: two tensor names become one without the prefix '{prefix}'"
-                )
+            if self._stored_name.setdefault(rename(stored), stored) != stored:
+                raise CheckpointError(f"{checkpoint.label}: two tensor names become one {how}")
+        before = checkpoint.stored_names if isinstance(checkpoint, RenamedCheckpoint) else {}
+        self.stored_names: Mapping[str, str] = {
+            name: before.get(stored, stored) for name, stored in self._stored_name.items()
+        }
         self.tensors: Mapping[str, TensorInfo] = {
-            stored.removeprefix(prefix): info for stored, info in checkpoint.tensors.items()
+            rename(stored): info for stored, info in checkpoint.tensors.items()
         }
         self.aliases: Mapping[str, str] = {
-            name.removeprefix(prefix): owner.removeprefix(prefix)
-            for name, owner in checkpoint.aliases.items()
+            rename(name): rename(owner) for name, owner in checkpoint.aliases.items()
         }
         self.metadata: Mapping[str, str] = {
             **checkpoint.metadata,
@@ -105,7 +145,7 @@ class RenamedCheckpoint:
 
     @property
     def places_digest(self) -> str:
-        """Digits that change with the checkpoint's, and with the names that were stripped."""
+        """Digits that change with the checkpoint's, and with the names."""
         what = self._checkpoint.places_digest, sorted(self._stored_name.items())
         return hashlib.sha256(repr(what).encode("utf-8", "surrogatepass")).hexdigest()
 

@@ -13,7 +13,7 @@ _MAX_ARGUMENTS = 16  # no function below takes more; a shared tuple must not be 
 _MAX_DIMENSIONS = 64
 _MAX_SIZE = 2**63
 
-_STORAGE_DTYPES = {
+STORAGE_DTYPES = {
     "FloatStorage": "float32",
     "DoubleStorage": "float64",
     "HalfStorage": "float16",
@@ -166,13 +166,13 @@ def storage(kind: Any, key: Any, numel: Any) -> Storage | Unsupported:
         raise TypeError("a damaged storage reference")
     if kind.attribute in _QUANTISED_STORAGES:
         return Unsupported("quantised")
-    dtype_name = _STORAGE_DTYPES.get(kind.attribute)
+    dtype_name = STORAGE_DTYPES.get(kind.attribute)
     return Storage(key, DTYPE_BY_NAME[dtype_name] if dtype_name else None, numel)
 
 
 def _is_storage(attribute: str) -> bool:
     return (
-        attribute in _STORAGE_DTYPES
+        attribute in STORAGE_DTYPES
         or attribute in _QUANTISED_STORAGES
         or attribute in ("UntypedStorage", "_UntypedStorage")
     )

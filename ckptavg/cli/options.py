@@ -8,6 +8,7 @@ import click
 
 from ckptavg.bn_options import Amp, BnOptions, Estimator, TrainMode
 from ckptavg.errors import UsageError
+from ckptavg.tensors import OutputFormat
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -93,8 +94,14 @@ output_options = _combined(
         help="Replace OUT if it is a model directory, in one step at the end.",
     ),
     click.option(
-        "--max-shard-size", type=ByteSize(), default="5GB", show_default=True,
-        help="Largest weight file, for example 10GB.",
+        "--output-format", type=click.Choice(get_args(OutputFormat)), default="safetensors",
+        show_default=True,
+        help="How the weights are stored; torch: one file model.pt, a state dict as torch.save "
+        "writes it.",
+    ),
+    click.option(
+        "--max-shard-size", type=ByteSize(),
+        help="Largest weight file, for example 10GB; default: 5GB (torch files are never split).",
     ),
     click.option(
         "--no-code", is_flag=True,
@@ -179,6 +186,10 @@ reading_options = _combined(
         "--strip-prefix", "strip_prefixes", multiple=True, metavar="PREFIX",
         help="Remove a prefix from tensor names, for example model. (repeatable); module. and "
         "_orig_mod. go by themselves where all names have them.",
+    ),
+    click.option(
+        "--keep-prefix", is_flag=True,
+        help="Compare names without those prefixes, but write them as in the last checkpoint.",
     ),
 )  # fmt: skip
 
@@ -330,8 +341,10 @@ def pipeline_arguments(options: dict[str, Any]) -> dict[str, Any]:
     return {
         "overwrite": options["overwrite"],
         "max_shard_bytes": options["max_shard_size"],
+        "output_format": options["output_format"],
         "state_key": options["state_key"],
         "strip_prefixes": options["strip_prefixes"],
+        "keep_prefix": options["keep_prefix"],
         "device": options["device"],
         "memory_budget_bytes": options["memory"],
         "n_threads": options["io_threads"],

@@ -15,6 +15,12 @@ _INHERITED = (
 _TAGS = ("merge", "checkpoint-averaging", "ckptavg")
 _PAPER = "[Izmailov et al., 2018](https://arxiv.org/abs/1803.05407)"
 _MAX_ROWS = 200
+_HOW_TO_LOAD = """```python
+import torch
+
+model.load_state_dict(torch.load("model.pt", weights_only=True))
+```
+"""
 _MODEL_ID = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")  # the Hub refuses a card with another
 
 
@@ -45,6 +51,7 @@ def model_card(
 
 def _front_matter(told: Mapping[str, Any], *, has_config: bool) -> dict[str, Any]:
     inherited = _parsed(told.get("inherited_card"))
+    has_config = has_config and not _is_torch(told)  # transformers reads no model.pt
     matter: dict[str, Any] = {key: inherited[key] for key in _INHERITED if key in inherited}
     if has_config:
         matter.setdefault("library_name", "transformers")
@@ -121,12 +128,20 @@ def _body(told: Mapping[str, Any]) -> Iterator[str]:
         else "One checkpoint of a training run"
     )
     yield f"{what}, made by ckptavg {told['ckptavg_version']}.\n"
+    if _is_torch(told):
+        yield "## How to load it\n"
+        yield _HOW_TO_LOAD
     yield "## Checkpoints\n"
     yield "\n".join(_table(checkpoints)) + "\n"
     yield "## How it was made\n"
     yield "\n".join(_facts(told)) + "\n"
     if told.get("command"):
         yield f"```sh\n{_code(told['command'])}\n```\n"
+
+
+def _is_torch(told: Mapping[str, Any]) -> bool:
+    output = told.get("output")
+    return isinstance(output, Mapping) and output.get("format") == "torch"
 
 
 def _table(checkpoints: Sequence[Mapping[str, Any]]) -> Iterator[str]:
