@@ -17,6 +17,7 @@ from ckptavg.checkpoint.state_dict import (
 )
 from ckptavg.checkpoint.stored import Place, StoredCheckpoint
 from ckptavg.checkpoint.strided import extent, is_row_major
+from ckptavg.checkpoint.torch_legacy import TorchLegacy
 from ckptavg.checkpoint.torch_zip import TorchZip
 from ckptavg.errors import CheckpointError
 from ckptavg.tensors import TensorInfo
@@ -38,11 +39,14 @@ class TorchArchive(Protocol):
         """Return where the bytes of a storage begin in the file."""
 
 
-def open_torch_file(file: ReadableFile, *, state_key: str | None) -> StoredCheckpoint:
+def open_torch_file(
+    file: ReadableFile, *, is_legacy: bool, state_key: str | None
+) -> StoredCheckpoint:
     """Open a file written by ``torch.save``.
 
     Args:
         file: The open file.
+        is_legacy: Whether it has the format from before torch 1.6.
         state_key: Which entry holds the weights, as a key or keys joined by dots, or ``.`` for the
             top level; None looks for the usual ones.
 
@@ -50,7 +54,7 @@ def open_torch_file(file: ReadableFile, *, state_key: str | None) -> StoredCheck
         CheckpointError: If the file is damaged, needs code to be read, or holds no weights that
             can be told apart from the rest.
     """
-    archive = TorchZip(file)
+    archive: TorchArchive = TorchLegacy(file) if is_legacy else TorchZip(file)
     state_dict, notes = find_state_dict(archive.root, state_key, file.label)
     archive.prefetch(value.storage for _, value in state_dict.items if type(value) is TensorView)
     tensors: dict[str, TensorInfo] = {}
