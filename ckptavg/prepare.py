@@ -14,7 +14,7 @@ from ckptavg.average import (
     choose_device,
     size_workspace,
 )
-from ckptavg.checkpoint import Checkpoint, normalise_names
+from ckptavg.checkpoint import Checkpoint, normalise_names, widen_dtypes
 from ckptavg.destination import check_destination
 from ckptavg.errors import CkptavgError, MemoryBudgetError, SourceError, UsageError
 from ckptavg.plan import DEFAULT_MAX_SHARD_BYTES, AveragePlan, plan_average
@@ -121,10 +121,12 @@ def prepared_average(
         checkpoints, naming_notes = normalise_names(
             [opened[index] for index in order], strip_prefixes
         )
+        notes += naming_notes
+        if recipe.dtype != "same":  # the output does not depend on what the inputs are
+            checkpoints, widening_notes = widen_dtypes(checkpoints)
+            notes += widening_notes
         with _telling_what_was_fetched(hub):
-            plan = plan_average(
-                checkpoints, recipe, max_shard_bytes=max_shard_bytes, notes=[*notes, *naming_notes]
-            )
+            plan = plan_average(checkpoints, recipe, max_shard_bytes=max_shard_bytes, notes=notes)
         workspace = _workspace(
             plan,
             choose_device(

@@ -95,8 +95,9 @@ def test_files_of_every_protocol_are_read(tmp_path: Path, protocol: int) -> None
 
 
 def test_a_trainers_file_with_optimizer_and_shared_storages_is_read(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(40, 30), nn.BatchNorm1d(30), nn.Linear(30, 40))
-    model[2].weight = nn.Parameter(model[0].weight.T)
+    first, last = nn.Linear(40, 30), nn.Linear(30, 40)
+    last.weight = nn.Parameter(first.weight.T)
+    model = nn.Sequential(first, nn.BatchNorm1d(30), last)
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.randn(4, 40)).sum().backward()
     optimizer.step()

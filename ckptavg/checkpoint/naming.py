@@ -1,15 +1,18 @@
 """Tensor names that differ between checkpoints only by a wrapper's prefix."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from ckptavg.checkpoint.folder import Folder
 from ckptavg.checkpoint.protocol import Checkpoint
+from ckptavg.checkpoint.state_dict import some
 from ckptavg.errors import CheckpointError, IncompatibleCheckpointsError
 from ckptavg.tensors import FileStamp, HubRevision, Piece, TensorInfo
 
 # what DistributedDataParallel and torch.compile put before every name
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+# torch.optim.swa_utils.AveragedModel counts in it, beside the names that begin with ``module.``
+_AVERAGED_MODEL_PREFIX, _AVERAGED_MODEL_COUNTER = "module.", "n_averaged"
 
 
 def normalise_names(
@@ -18,7 +21,8 @@ def normalise_names(
     """Strip wrapper prefixes from tensor names.
 
     ``module.`` and ``_orig_mod.`` are stripped when every name of every checkpoint has them; the
-    prefixes asked for are stripped from the names that have them, once each, before that.
+    prefixes asked for are stripped from the names that have them, once each, before that. The
+    counter of an ``AveragedModel`` is left out: only what it wraps is a model.
 
     Args:
         checkpoints: Opened checkpoints.
@@ -41,43 +45,64 @@ def normalise_names(
         renamed = [RenamedCheckpoint(checkpoint, prefix) for checkpoint in renamed]
         notes.append(f"stripped the prefix '{prefix}' from tensor names, as asked")
     while renamed and (wrapper := _common_wrapper(renamed)):
-        renamed = [RenamedCheckpoint(checkpoint, wrapper) for checkpoint in renamed]
+        averaged = [one.label for one in renamed if _counters(one, wrapper)]
+        renamed = [
+            RenamedCheckpoint(checkpoint, wrapper, _counters(checkpoint, wrapper))
+            for checkpoint in renamed
+        ]
+        if averaged:
+            notes.append(
+                f"{some(averaged)} hold averages that training kept already (AveragedModel); "
+                f"'{_AVERAGED_MODEL_COUNTER}' is left out"
+            )
         notes.append(f"stripped the prefix '{wrapper}', which all tensor names had")
     return renamed, notes
 
 
 def _common_wrapper(checkpoints: Sequence[Checkpoint]) -> str | None:
     for prefix in WRAPPER_PREFIXES:
-        if all(
-            checkpoint.tensors and all(name.startswith(prefix) for name in checkpoint.tensors)
-            for checkpoint in checkpoints
-        ):
+        names = [one.tensors.keys() - _counters(one, prefix) for one in checkpoints]
+        if all(own and all(name.startswith(prefix) for name in own) for own in names):
             return prefix
     return None
+
+
+def _counters(checkpoint: Checkpoint, prefix: str) -> frozenset[str]:
+    """Return the names that a wrapper of this prefix adds beside those that it prefixes."""
+    info = checkpoint.tensors.get(_AVERAGED_MODEL_COUNTER)
+    if prefix != _AVERAGED_MODEL_PREFIX or info is None:
+        return frozenset()
+    is_counter = info.dtype.kind == "integer" and info.shape == ()
+    return frozenset({_AVERAGED_MODEL_COUNTER}) if is_counter else frozenset()
 
 
 class RenamedCheckpoint:
     """A checkpoint under names without a prefix; everything else is passed on."""
 
-    def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
-        """Strip ``prefix`` from the names that have it.
+    def __init__(self, checkpoint: Checkpoint, prefix: str, left_out: Collection[str] = ()) -> None:
+        """Strip ``prefix`` from the names that have it, and leave out some names.
 
         Raises:
             CheckpointError: If two names become one.
         """
         self._checkpoint = checkpoint
         self._stored_name: dict[str, str] = {}
-        for stored in (*checkpoint.tensors, *checkpoint.aliases):
+        tensors = {name: info for name, info in checkpoint.tensors.items() if name not in left_out}
+        aliases = {
+            name: owner
+            for name, owner in checkpoint.aliases.items()
+            if name not in left_out and owner not in left_out
+        }
+        for stored in (*tensors, *aliases):
             if self._stored_name.setdefault(stored.removeprefix(prefix), stored) != stored:
                 raise CheckpointError(
                     f"{checkpoint.label}: two tensor names become one without the prefix '{prefix}'"
                 )
         self.tensors: Mapping[str, TensorInfo] = {
-            stored.removeprefix(prefix): info for stored, info in checkpoint.tensors.items()
+            stored.removeprefix(prefix): info for stored, info in tensors.items()
         }
         self.aliases: Mapping[str, str] = {
-            name.removeprefix(prefix): owner.removeprefix(prefix)
-            for name, owner in checkpoint.aliases.items()
+            name.removeprefix(prefix): owner.removeprefix(prefix) for name, owner in aliases.items()
         }
         self.metadata: Mapping[str, str] = {
             **checkpoint.metadata,

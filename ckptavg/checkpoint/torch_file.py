@@ -6,8 +6,10 @@ The weights are looked for where trainers put them; optimizer state and the like
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+import numpy as np
+
 from ckptavg.checkpoint.files import ReadableFile
-from ckptavg.checkpoint.pickle_values import Pairs, Storage, TensorView, Unsupported
+from ckptavg.checkpoint.pickle_values import Storage, TensorView, Unsupported
 from ckptavg.checkpoint.state_dict import (
     EPOCH_KEYS,
     STEP_KEYS,
@@ -19,8 +21,10 @@ from ckptavg.checkpoint.stored import Place, StoredCheckpoint
 from ckptavg.checkpoint.strided import extent, is_row_major
 from ckptavg.checkpoint.torch_legacy import TorchLegacy
 from ckptavg.checkpoint.torch_zip import TorchZip
+from ckptavg.checkpoint.training_facts import learning_rate, metrics
+from ckptavg.checkpoint.widened import widened
 from ckptavg.errors import CheckpointError
-from ckptavg.tensors import TensorInfo
+from ckptavg.tensors import FLOAT64, TensorInfo
 
 
 class TorchArchive(Protocol):
@@ -88,7 +92,17 @@ def open_torch_file(
         owners.setdefault(identity, name)
     if left_out:
         notes.append(f"left out, not tensors: {some(left_out)}")
-    root = archive.root if type(archive.root) is Pairs else Pairs()
+    root = archive.root  # a mapping: the weights were found in it
+
+    def read_scalar(view: TensorView) -> float | None:
+        """Read what a trainer measured: a few bytes."""
+        try:
+            place = place_view(file, archive, "of a metric", view)
+            raw = file.read(place.offset, view.dtype.itemsize)
+        except CheckpointError:  # it is not needed
+            return None
+        return float(widened(np.frombuffer(raw, np.uint8), view.dtype, FLOAT64)[0])
+
     return StoredCheckpoint(
         label=file.label,
         layout="torch file",
@@ -98,6 +112,8 @@ def open_torch_file(
         aliases=aliases,
         step=first_integer(root, STEP_KEYS),
         epoch=first_integer(root, EPOCH_KEYS),
+        learning_rate=learning_rate(root),
+        metrics=metrics(root, read_scalar),
         notes=notes,
     )
 
