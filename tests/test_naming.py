@@ -111,7 +111,7 @@ def test_the_counter_of_an_averaged_model_is_left_out(
     renamed, notes = normalise_names(both)
     assert all(same_content(checkpoint, model.state_dict()) for checkpoint in renamed)
     told = (
-        "'one', 'two' hold averages that training kept already (AveragedModel); 'n_averaged' is "
+        "'one', 'two': averages that training kept already (AveragedModel); 'n_averaged' is "
         "left out"
     )
     assert notes.count(told) == 1

@@ -52,7 +52,7 @@ def normalise_names(
         ]
         if averaged:
             notes.append(
-                f"{some(averaged)} hold averages that training kept already (AveragedModel); "
+                f"{some(averaged)}: averages that training kept already (AveragedModel); "
                 f"'{_AVERAGED_MODEL_COUNTER}' is left out"
             )
         notes.append(f"stripped the prefix '{wrapper}', which all tensor names had")
