@@ -83,7 +83,12 @@ def refuse_differences(checkpoint: Checkpoint, reference: Checkpoint) -> None:
                 f"'{name}' is {other.dtype} in {checkpoint.label}, "
                 f"{info.dtype} in {reference.label}"
             )
-            hint = hint or "average checkpoints of one dtype"
+            both_float = other.dtype.kind == info.dtype.kind == "float"
+            hint = hint or (
+                "pass --dtype to say which one the average gets"
+                if both_float
+                else "average checkpoints of one dtype"
+            )
     if differences:
         shown = "; ".join(differences[:_MAX_DIFFERENCES_SHOWN])
         more = len(differences) - _MAX_DIFFERENCES_SHOWN

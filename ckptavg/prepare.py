@@ -14,7 +14,7 @@ from ckptavg.average import (
     choose_device,
     size_workspace,
 )
-from ckptavg.checkpoint import Checkpoint, normalise_names, under_last_names
+from ckptavg.checkpoint import Checkpoint, normalise_names, under_last_names, widen_dtypes
 from ckptavg.destination import check_destination
 from ckptavg.errors import CkptavgError, MemoryBudgetError, SourceError, UsageError
 from ckptavg.gathering import close_all, open_source, open_sources, order_by_position
@@ -121,15 +121,20 @@ def prepared_average(
         checkpoints, naming_notes = normalise_names(
             [opened[index] for index in order], strip_prefixes
         )
+        notes += naming_notes
         if keep_prefix:
-            checkpoints, naming_notes = under_last_names(checkpoints)
+            checkpoints, kept_notes = under_last_names(checkpoints)
+            notes += kept_notes
+        if recipe.dtype != "same":  # the output does not depend on what the inputs are
+            checkpoints, widening_notes = widen_dtypes(checkpoints)
+            notes += widening_notes
         with _telling_what_was_fetched(hub):
             plan = plan_average(
                 checkpoints,
                 recipe,
                 max_shard_bytes=max_shard_bytes,
                 output_format=output_format,
-                notes=[*notes, *naming_notes],
+                notes=notes,
             )
         workspace = _workspace(
             plan,

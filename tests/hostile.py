@@ -290,3 +290,43 @@ def torch_members(
 def torch_bytes(value: bytes, storages: Mapping[str, bytes] | None = None) -> bytes:
     """Return a torch file whose root is the value that these operations push."""
     return zip_bytes(torch_members(pickled(value), storages))
+
+
+# -- torch files of the old format
+
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+
+
+def legacy_bytes(
+    value: bytes,
+    storages: Sequence[tuple[str, int, bytes]] = (("0", 4, struct.pack("<4f", 0, 1, 2, 3)),),
+    *,
+    magic: bytes | None = None,
+    version: bytes | None = None,
+    machine: bytes | None = None,
+    keys: bytes | None = None,
+    after: bytes = b"",
+) -> bytes:
+    """Return a torch file of the old format.
+
+    Args:
+        value: Operations that push its root.
+        storages: (key, stated number of elements, bytes) of each, in order.
+        magic: Operations of the first pickle; None for the true ones, as for those below.
+        version: Of the second.
+        machine: Of the third.
+        keys: Of the fifth.
+        after: Bytes behind the last storage.
+    """
+    if keys is None:
+        keys = b"](" + b"".join(text(key) for key, _, _ in storages) + b"e"
+    pickles = (
+        number(LEGACY_MAGIC) if magic is None else magic,
+        number(1001) if version is None else version,
+        mapping({"little_endian": b"\x88"}) if machine is None else machine,
+        value,
+        keys,
+    )
+    stored = (struct.pack("<q", count) + raw for _, count, raw in storages)
+    return b"".join((*map(pickled, pickles), *stored, after))

@@ -226,8 +226,8 @@ BATCHES = ["--data", "my_model:batches"]
          1, "the BatchNorm pass failed: ValueError: the disk of the data is on fire"),
         (["inspect", "my_model.py"],
          1,
-         "my_model.py: is neither a safetensors file nor a torch file, or its beginning is "
-         "damaged"),
+         "my_model.py: is neither a safetensors file nor a torch or numpy file, or its beginning "
+         "is damaged"),
     ],
 )  # fmt: skip
 def test_errors_are_one_line_with_the_documented_code(

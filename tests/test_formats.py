@@ -1,5 +1,6 @@
 """Formats are told by content; what is none of them is named, so that the user knows what to do."""
 
+import bz2
 import gzip
 import io
 import os
@@ -27,10 +28,13 @@ def gzipped() -> bytes:
     return gzip.compress(b"weights")
 
 
-def tarred() -> bytes:
+def tarred(*names: str, format: int = tarfile.GNU_FORMAT) -> bytes:
     raw = io.BytesIO()
-    with tarfile.open(fileobj=raw, mode="w") as archive:
-        archive.addfile(tarfile.TarInfo("weights"), io.BytesIO())
+    with tarfile.open(fileobj=raw, mode="w", format=format) as archive:
+        for name in names:
+            entry = tarfile.TarInfo(name)
+            entry.size = 700
+            archive.addfile(entry, io.BytesIO(bytes(700)))
     return raw.getvalue()
 
 
@@ -42,7 +46,18 @@ def array() -> bytes:
 
 HTML = "is an HTML page, not a checkpoint: the download went wrong"
 PICKLE = "is a plain pickle, which is never run; save the weights with torch.save or safetensors"
-UNKNOWN = "is neither a safetensors file nor a torch file, or its beginning is damaged"
+UNKNOWN = "is neither a safetensors file nor a torch or numpy file, or its beginning is damaged"
+READABLE = "only safetensors, torch and numpy files are read"
+NEMO = (
+    "is a NeMo archive; unpack it (tar -xf) and average the model_weights.ckpt files in such "
+    "archives"
+)
+ONNX = "is an ONNX model, exported for inference; average the checkpoints it was made from"
+MSGPACK = (
+    "is a msgpack file, as Flax writes; flatten its mapping and save it with "
+    "safetensors.flax.save_file or np.savez"
+)
+GGML = "is a ggml file, quantised for inference; average the original checkpoints"
 FOREIGN = {
     "empty": (b"", "is empty (0 bytes)"),
     "Git LFS pointer": (
@@ -56,21 +71,59 @@ FOREIGN = {
     "gzip": (gzipped(), "is compressed with gzip; unpack it first"),
     "zstd": (b"\x28\xb5\x2f\xfd....", "is compressed with zstd; unpack it first"),
     "xz": (b"\xfd7zXZ\x00", "is compressed with xz; unpack it first"),
-    "tar": (tarred(), "is a tar archive; unpack it first"),
+    "bzip2": (bz2.compress(b"weights"), "is compressed with bzip2; unpack it first"),
+    "tar": (tarred("weights"), "is a tar archive; unpack it first"),
+    "tar of many": (tarred(*map(str, range(99))), "is a tar archive; unpack it first"),
+    "tar cut short": (
+        tarred("a", "model_weights.ckpt")[:1000],
+        "is a tar archive; unpack it first",
+    ),
+    "tar with a damaged size": (
+        tarred("a", "model_weights.ckpt").replace(b"00000001274", b"0000000z274"),
+        "is a tar archive; unpack it first",
+    ),
+    "NeMo": (tarred("./model_config.yaml", "./model_weights.ckpt"), NEMO),
+    "NeMo of another order": (tarred("a.model", "b.txt", "model_weights.ckpt"), NEMO),
+    "NeMo in POSIX tar": (tarred("model_weights.ckpt", format=tarfile.USTAR_FORMAT), NEMO),
+    "oldest torch": (
+        tarred("sys_info", "pickle", "tensors", "storages"),
+        "is a torch file of the oldest format, a tar archive; load it once with "
+        "torch.load(..., weights_only=True) and save it again with torch.save",
+    ),
     "HDF5": (
         b"\x89HDF\r\n\x1a\n\x00",
-        "is an HDF5 file; only safetensors and torch files are read",
+        f"is an HDF5 file, as Keras writes; {READABLE}: save the weights with np.savez",
     ),
+    "ONNX of torch": (b"\x08\x08\x12\x07pytorch\x1a\x052.4.0", ONNX),
+    "ONNX of others": (b"\x08\x0a:\xa1\x02\x0a\x10", ONNX),
+    "msgpack": (b"\x81\xa6params\x82\xa7Dense_0\x82\xa4bias\xc7", MSGPACK),
+    "msgpack of many keys": (b"\xde\x00\x40\xd9\x22encoder", MSGPACK),
+    "TensorFlow index": (
+        b"\x00\x00\x08\x08\x01\x1a\x02\x08\x01",
+        f"is the index of a TensorFlow checkpoint; {READABLE}: save the weights with np.savez",
+    ),
+    "TensorFlow list": (
+        b'model_checkpoint_path: "ckpt-1"\n',
+        f"is the list of a TensorFlow checkpoint; {READABLE}: save the weights with np.savez",
+    ),
+    "ggml": (b"lmgg\x00", GGML),
+    "ggjt": (b"tjgg\x00", GGML),
     "GGUF": (
         b"GGUF\x03\x00\x00\x00",
         "is a GGUF file, quantised for inference; average the original checkpoints",
     ),
-    "numpy": (array(), "is a single numpy array; only safetensors and torch files are read"),
+    "numpy": (
+        array(),
+        "is a single numpy array without a name; save all arrays of a model with np.savez",
+    ),
+    "pickle 1": (pickle.dumps({"w": [1.0]}, 1), PICKLE),
+    "pickled list 0": (pickle.dumps([1.0], 0), PICKLE),
+    "pickled object 0": (pickle.dumps(Path("a"), 0), PICKLE),
     "pickle 2": (pickle.dumps({"w": [1.0]}, 2), PICKLE),
     "pickle 3": (pickle.dumps({"w": [1.0]}, 3), PICKLE),
     "pickle 4": (pickle.dumps({"w": [1.0]}, 4), PICKLE),
     "pickle 5": (pickle.dumps({"w": [1.0]}, 5), PICKLE),
-    "pickle 0": (pickle.dumps({"w": [1.0]}, 0), UNKNOWN),
+    "pickle 0": (pickle.dumps({"w": [1.0]}, 0), PICKLE),
     "one byte": (b"\x80", UNKNOWN),
     "text": (b"hello, this is not a checkpoint", UNKNOWN),
     "zeros": (bytes(1000), UNKNOWN),
@@ -82,26 +135,6 @@ def test_a_foreign_file_is_named(tmp_path: Path, raw: bytes, what: str) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(raw)
     refused(path, what)
-
-
-def test_the_old_torch_format_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "old.pt"
-    torch.save({"w": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
-    refused(
-        path,
-        "is a torch file of the old format (before torch 1.6); load it once with "
-        "torch.load(..., weights_only=True) and save it again with torch.save",
-    )
-
-
-def test_every_truncation_of_an_old_torch_file_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "old.pt"
-    torch.save({"w": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
-    raw = path.read_bytes()
-    for length in range(0, len(raw), 3):
-        path.write_bytes(raw[:length])
-        with pytest.raises(CheckpointError):
-            open_checkpoint(path)
 
 
 def test_the_name_of_a_file_does_not_matter(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_code_stays_behind_where_it_is_not_wanted(
     assert "tokenizer.json" in tree(tmp_path / "out")
 
 
-@pytest.mark.parametrize("layout", ["safetensors", "torch", "sharded torch"])
+@pytest.mark.parametrize("layout", ["safetensors", "torch", "old torch", "sharded torch"])
 def test_every_layout_averages_like_local_copies(
     hub: LoopbackHub, tmp_path: Path, layout: str
 ) -> None:
@@ -75,8 +75,12 @@ def test_every_layout_averages_like_local_copies(
             save_checkpoint(directory, tensors, layout)
         else:
             directory.mkdir()
-            if layout == "torch":
-                torch.save(tensors, directory / "pytorch_model.bin")
+            if "torch" in layout:
+                torch.save(
+                    tensors,
+                    directory / "pytorch_model.bin",
+                    _use_new_zipfile_serialization=layout == "torch",
+                )
             else:
                 save_file(tensors, directory / "model.safetensors")
         add_side_files(directory)

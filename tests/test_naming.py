@@ -1,6 +1,6 @@
 """Wrapper prefixes of tensor names are stripped when all agree, or when asked."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -8,10 +8,27 @@ import torch
 from checkpoint_contract import CheckpointContract, read_tensor, same_content
 from hostile import whole
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ckptavg.checkpoint import Checkpoint, normalise_names, open_checkpoint, under_last_names
 from ckptavg.errors import CheckpointError, IncompatibleCheckpointsError
+
+
+class TestAveragedModel(CheckpointContract):
+    """What torch's AveragedModel saves: every name with a prefix, but that of its counter."""
+
+    layout = "torch file"
+
+    def save(self, directory: Path, tensors: Mapping[str, Tensor]) -> Path:
+        path = directory / "model.pt"
+        wrapped = {f"module.{name}": value for name, value in tensors.items()}
+        torch.save({"n_averaged": torch.tensor(5), **wrapped}, path)
+        return path
+
+    def open(self, path: Path) -> Checkpoint:
+        (renamed,), _ = normalise_names([open_checkpoint(path)])
+        return renamed
 
 
 class TestRenamedCheckpoint(CheckpointContract):
@@ -25,6 +42,19 @@ class TestRenamedCheckpoint(CheckpointContract):
     def open(self, path: Path) -> Checkpoint:
         (renamed,), _ = normalise_names([open_checkpoint(path)])
         return renamed
+
+
+class Wrapper(nn.Module):
+    """What DistributedDataParallel does to names."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    wrapped: nn.Module = torch.compile(model, backend="eager")  # type: ignore[assignment]  # it is one
+    return wrapped
 
 
 def named(tmp_path: Path, label: str, *names: str) -> Checkpoint:
@@ -53,6 +83,64 @@ def test_wrappers_that_all_names_have_are_stripped(
     assert notes == [f"stripped the prefix '{one}', which all tensor names had" for one in stripped]
     expected = {"a": torch.zeros(2), "b": torch.ones(2)}
     assert same_content(renamed[0], expected)
+
+
+def averaged(tmp_path: Path, label: str, state: Mapping[str, Tensor]) -> Checkpoint:
+    path = tmp_path / f"{label}.pt"
+    torch.save(dict(state), path)
+    return open_checkpoint(path, label=label)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "stripped"),
+    [
+        (AveragedModel, ["module."]),
+        (lambda model: Wrapper(AveragedModel(model)), ["module.", "module."]),
+        (lambda model: AveragedModel(Wrapper(model)), ["module.", "module."]),
+        (lambda model: AveragedModel(compiled(model)), ["module.", "_orig_mod."]),
+        (lambda model: compiled(AveragedModel(model)), ["_orig_mod.", "module."]),
+    ],
+    ids=["alone", "inside", "outside", "of a compiled model", "compiled"],
+)
+def test_the_counter_of_an_averaged_model_is_left_out(
+    tmp_path: Path, wrap: Callable[[nn.Module], nn.Module], stripped: list[str]
+) -> None:
+    model = nn.Linear(2, 3)
+    state = wrap(model).state_dict()
+    both = [averaged(tmp_path, label, state) for label in ("one", "two")]
+    renamed, notes = normalise_names(both)
+    assert all(same_content(checkpoint, model.state_dict()) for checkpoint in renamed)
+    told = (
+        "'one', 'two': averages that training kept already (AveragedModel); 'n_averaged' is "
+        "left out"
+    )
+    assert notes.count(told) == 1
+    assert [note for note in notes if note != told] == [
+        f"stripped the prefix '{one}', which all tensor names had" for one in stripped
+    ]
+    assert renamed[0].places_digest != both[0].places_digest
+
+
+@pytest.mark.parametrize(
+    "counter", [torch.tensor([5]), torch.tensor(5.0), torch.tensor(True)], ids=str
+)
+def test_a_tensor_that_is_no_counter_is_not_left_out(tmp_path: Path, counter: Tensor) -> None:
+    checkpoint = averaged(tmp_path, "one", {"module.w": torch.ones(1), "n_averaged": counter})
+    assert normalise_names([checkpoint]) == ([checkpoint], [])
+
+
+def test_a_counter_beside_no_wrapped_names_stays(tmp_path: Path) -> None:
+    for state in ({}, {"w": torch.ones(1)}, {"_orig_mod.w": torch.ones(1)}):
+        checkpoint = averaged(tmp_path, "one", {"n_averaged": torch.tensor(5), **state})
+        assert normalise_names([checkpoint]) == ([checkpoint], [])
+
+
+def test_a_name_tied_to_the_counter_is_a_tensor_of_its_own(tmp_path: Path) -> None:
+    count = torch.tensor(5)
+    state = {"n_averaged": count, "module.w": torch.ones(1), "module.steps": count}
+    (renamed,), _ = normalise_names([averaged(tmp_path, "one", state)])
+    assert same_content(renamed, {"w": torch.ones(1), "steps": count})
+    assert renamed.aliases == {}
 
 
 def test_wrappers_that_only_some_names_have_stay(tmp_path: Path) -> None:

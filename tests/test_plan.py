@@ -68,7 +68,14 @@ def test_dtypes_that_differ_are_refused(tmp_path: Path) -> None:
     last = {"w": torch.ones(2)}
     assert refusal(opened(tmp_path, first, last)) == (
         "the checkpoints differ: 'w' is bfloat16 in a, float32 in b "
-        "(average checkpoints of one dtype)"
+        "(pass --dtype to say which one the average gets)"
+    )
+    assert refusal(
+        opened(
+            tmp_path, {"w": torch.ones(2).long(), "v": torch.ones(1)}, last | {"v": torch.ones(1)}
+        )
+    ) == (
+        "the checkpoints differ: 'w' is int64 in a, float32 in b (average checkpoints of one dtype)"
     )
 
 

@@ -118,7 +118,10 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
     ("raw", "what"),
     [
         (b"", "is empty (0 bytes)"),
-        (b"\x00", "is neither a safetensors file nor a torch file, or its beginning is damaged"),
+        (
+            b"\x00",
+            "is neither a safetensors file nor a torch or numpy file, or its beginning is damaged",
+        ),
         (
             (5000).to_bytes(8, "little") + b"{}",
             "has 10 bytes, but its header alone needs 5008: it is truncated",

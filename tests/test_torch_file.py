@@ -557,7 +557,7 @@ def test_a_huge_byte_order_is_refused(tmp_path: Path) -> None:
 def test_a_pickle_that_is_too_large_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ckptavg.checkpoint.torch_zip._MAX_PICKLE_BYTES", 100)
+    monkeypatch.setattr("ckptavg.checkpoint.torch_zip.MAX_PICKLE_BYTES", 100)
     path = saved(tmp_path, {"w": torch.ones(1)})
     with pytest.raises(CheckpointError, match=r"its w/data\.pkl has .* at most 100 are allowed$"):
         open_checkpoint(path)

@@ -87,6 +87,35 @@ def test_archives_of_pythons_zipfile_are_read(tmp_path: Path) -> None:
     assert contents(tmp_path, path.read_bytes()) == {**EXPECTED, "a/three": b"third"}
 
 
+def test_an_archive_without_a_comment_is_found_by_its_last_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    whole_read = PositionalFile.read
+
+    def noted(file: PositionalFile, offset: int, nbytes: int) -> bytes:
+        read.append(nbytes)
+        return whole_read(file, offset, nbytes)
+
+    monkeypatch.setattr(PositionalFile, "read", noted)
+    large = Member(name="a/large", content=bytes(100_000))
+    assert len(contents(tmp_path, zip_bytes([large]))["a/large"]) == 100_000
+    assert read.pop() == 100_000
+    assert max(read) < 100
+    contents(tmp_path, zip_bytes([ONE], comment=b"x" * 1000))
+    assert max(read) > 1000
+
+
+def test_an_end_record_inside_another_is_no_end(tmp_path: Path) -> None:
+    raw = zip_bytes([ONE], directory_bytes=int.from_bytes(b"PK\x05\x06", "little"))
+    size = len(raw)
+    refused(
+        tmp_path,
+        raw,
+        f"has {size} bytes, but no zip directory at its end: the torch file is truncated",
+    )
+
+
 def test_a_member_beyond_four_gigabytes_is_found(tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
     far = 5 * 2**30

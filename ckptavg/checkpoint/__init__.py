@@ -13,6 +13,7 @@ from ckptavg.checkpoint.naming import normalise_names, under_last_names
 from ckptavg.checkpoint.position import position_from_name
 from ckptavg.checkpoint.protocol import READ_SCRATCH_BYTES, Checkpoint
 from ckptavg.checkpoint.stored import StoredCheckpoint
+from ckptavg.checkpoint.widened import widen_dtypes
 from ckptavg.errors import CheckpointError
 from ckptavg.hub import label_of
 from ckptavg.tensors import HubRevision
@@ -28,6 +29,7 @@ __all__ = [
     "open_checkpoint",
     "open_hub_checkpoint",
     "under_last_names",
+    "widen_dtypes",
 ]
 
 
@@ -40,9 +42,8 @@ def open_checkpoint(
     the checkpoint.
 
     Args:
-        source: A safetensors file, a torch file (zip format, ``.pt .pth .bin .ckpt .tar``), or a
-            directory with ``model.safetensors``, ``pytorch_model.bin``, their sharded forms, or
-            ``model.pt``.
+        source: A safetensors file, a torch file of either format (``.pt .pth .bin .ckpt .tar``),
+            a numpy file of arrays (``.npz``), or a directory as trainers write it.
         state_key: The entry of a torch file that holds the weights, such as ``ema`` or
             ``trainer.model``; None looks for the usual ones.
         label: What messages call the checkpoint; the source itself if None.

@@ -1,15 +1,18 @@
 """Tensor names that differ between checkpoints only by a wrapper's prefix."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from ckptavg.checkpoint.folder import Folder
 from ckptavg.checkpoint.protocol import Checkpoint
+from ckptavg.checkpoint.state_dict import some
 from ckptavg.errors import CheckpointError, IncompatibleCheckpointsError
 from ckptavg.tensors import FileStamp, HubRevision, Piece, TensorInfo
 
 # what DistributedDataParallel and torch.compile put before every name
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+# torch.optim.swa_utils.AveragedModel counts in it, beside the names that begin with ``module.``
+_AVERAGED_MODEL_PREFIX, _AVERAGED_MODEL_COUNTER = "module.", "n_averaged"
 
 
 def normalise_names(
@@ -18,7 +21,8 @@ def normalise_names(
     """Strip wrapper prefixes from tensor names.
 
     ``module.`` and ``_orig_mod.`` are stripped when every name of every checkpoint has them; the
-    prefixes asked for are stripped from the names that have them, once each, before that.
+    prefixes asked for are stripped from the names that have them, once each, before that. The
+    counter of an ``AveragedModel`` is left out: only what it wraps is a model.
 
     Args:
         checkpoints: Opened checkpoints.
@@ -41,29 +45,50 @@ def normalise_names(
         renamed = [without_prefix(checkpoint, prefix) for checkpoint in renamed]
         notes.append(f"stripped the prefix '{prefix}' from tensor names, as asked")
     while renamed and (wrapper := _common_wrapper(renamed)):
-        renamed = [without_prefix(checkpoint, wrapper) for checkpoint in renamed]
+        averaged = [one.label for one in renamed if _counters(one, wrapper)]
+        renamed = [
+            without_prefix(checkpoint, wrapper, _counters(checkpoint, wrapper))
+            for checkpoint in renamed
+        ]
+        if averaged:
+            notes.append(
+                f"{some(averaged)}: averages that training kept already (AveragedModel); "
+                f"'{_AVERAGED_MODEL_COUNTER}' is left out"
+            )
         notes.append(f"stripped the prefix '{wrapper}', which all tensor names had")
     return renamed, notes
 
 
 def _common_wrapper(checkpoints: Sequence[Checkpoint]) -> str | None:
     for prefix in WRAPPER_PREFIXES:
-        if all(
-            checkpoint.tensors and all(name.startswith(prefix) for name in checkpoint.tensors)
-            for checkpoint in checkpoints
-        ):
+        names = [one.tensors.keys() - _counters(one, prefix) for one in checkpoints]
+        if all(own and all(name.startswith(prefix) for name in own) for own in names):
             return prefix
     return None
 
 
-def without_prefix(checkpoint: Checkpoint, prefix: str) -> "RenamedCheckpoint":
-    """Strip a prefix from the names that have it.
+def _counters(checkpoint: Checkpoint, prefix: str) -> frozenset[str]:
+    """Return the names that a wrapper of this prefix adds beside those that it prefixes."""
+    info = checkpoint.tensors.get(_AVERAGED_MODEL_COUNTER)
+    if prefix != _AVERAGED_MODEL_PREFIX or info is None:
+        return frozenset()
+    is_counter = info.dtype.kind == "integer" and info.shape == ()
+    return frozenset({_AVERAGED_MODEL_COUNTER}) if is_counter else frozenset()
+
+
+def without_prefix(
+    checkpoint: Checkpoint, prefix: str, left_out: Collection[str] = ()
+) -> "RenamedCheckpoint":
+    """Strip a prefix from the names that have it, and leave out some names.
 
     Raises:
         CheckpointError: If two names become one.
     """
     return RenamedCheckpoint(
-        checkpoint, lambda name: name.removeprefix(prefix), f"without the prefix '{prefix}'"
+        checkpoint,
+        lambda name: name.removeprefix(prefix),
+        f"without the prefix '{prefix}'",
+        left_out,
     )
 
 
@@ -83,7 +108,7 @@ def under_last_names(checkpoints: Sequence[Checkpoint]) -> tuple[list[Checkpoint
     renamed: list[Checkpoint] = [
         RenamedCheckpoint(one, lambda name: stored.get(name, name), how) for one in checkpoints
     ]
-    return renamed, [f"tensor names keep the prefixes that they have in {last.label}"]
+    return renamed, [f"the output keeps the prefixes that tensor names have in {last.label}"]
 
 
 class RenamedCheckpoint:
@@ -93,20 +118,33 @@ class RenamedCheckpoint:
         stored_names: The new names, each with the one that it stands for in the file.
     """
 
-    def __init__(self, checkpoint: Checkpoint, rename: Callable[[str], str], how: str) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        rename: Callable[[str], str],
+        how: str,
+        left_out: Collection[str] = (),
+    ) -> None:
         """Rename all tensors.
 
         Args:
             checkpoint: Which one; it may have been renamed before.
             rename: Old name -> new name.
             how: What messages say of that.
+            left_out: Old names that are not there any more.
 
         Raises:
             CheckpointError: If two names become one.
         """
         self._checkpoint = checkpoint
         self._stored_name: dict[str, str] = {}
-        for stored in (*checkpoint.tensors, *checkpoint.aliases):
+        tensors = {name: info for name, info in checkpoint.tensors.items() if name not in left_out}
+        aliases = {
+            name: owner
+            for name, owner in checkpoint.aliases.items()
+            if name not in left_out and owner not in left_out
+        }
+        for stored in (*tensors, *aliases):
             if self._stored_name.setdefault(rename(stored), stored) != stored:
                 raise CheckpointError(f"{checkpoint.label}: two tensor names become one {how}")
         before = checkpoint.stored_names if isinstance(checkpoint, RenamedCheckpoint) else {}
@@ -114,10 +152,10 @@ class RenamedCheckpoint:
             name: before.get(stored, stored) for name, stored in self._stored_name.items()
         }
         self.tensors: Mapping[str, TensorInfo] = {
-            rename(stored): info for stored, info in checkpoint.tensors.items()
+            rename(stored): info for stored, info in tensors.items()
         }
         self.aliases: Mapping[str, str] = {
-            rename(name): rename(owner) for name, owner in checkpoint.aliases.items()
+            rename(name): rename(owner) for name, owner in aliases.items()
         }
         self.metadata: Mapping[str, str] = {
             **checkpoint.metadata,

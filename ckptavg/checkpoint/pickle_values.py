@@ -40,7 +40,7 @@ class Pairs:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A run of elements in the member ``data/<key>``; dtype None means raw bytes."""
+    """A run of elements that the file stores under a key; dtype None means raw bytes."""
 
     key: str
     dtype: DType | None

@@ -9,15 +9,34 @@ is copied, so the size of the pickle bounds the memory.
 """
 
 import struct
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from ckptavg.checkpoint.pickle_names import called, instance, is_known, storage
-from ckptavg.checkpoint.pickle_values import Inert, Name, Pairs, TensorView, Unsupported
+from ckptavg.checkpoint.pickle_values import Inert, Name, Pairs, Storage, TensorView, Unsupported
 from ckptavg.errors import CheckpointError
 
+MAX_PICKLE_BYTES = 64 * 2**20  # what readers hand over at most
 _MAX_OPERATIONS = 10_000_000
 _MAX_INTEGER_BYTES = 64
+
+
+class FoundPickle(NamedTuple):
+    """One of several pickles that follow each other.
+
+    Attributes:
+        value: What it describes; see ``read_pickle``.
+        end: Position of the first byte behind it.
+        storages: Every storage that it refers to, by key, as its first reference states it.
+    """
+
+    value: Any
+    end: int
+    storages: Mapping[str, Storage | Unsupported]
+
+
+class _EndOfBytesError(ValueError):
+    """The bytes end before the pickle does."""
 
 
 class _Mark:
@@ -41,26 +60,45 @@ def read_pickle(raw: bytes, label: str) -> Any:
     Raises:
         CheckpointError: If the pickle is damaged, or needs anything beyond describing data.
     """
+    found = read_pickle_at(raw, 0, label)
+    if found is None:
+        raise CheckpointError(f"{label}: its pickle is damaged (it ends early)")
+    return found.value
+
+
+def read_pickle_at(raw: bytes, start: int, label: str) -> FoundPickle | None:
+    """Read the pickle that begins somewhere in ``raw``; None if its end is not there.
+
+    Raises:
+        CheckpointError: As ``read_pickle`` does, for what comes before the end of ``raw``.
+    """
+    machine = _Machine(raw, start, label)
     try:
-        return _Machine(raw, label).run()
+        value = machine.run()
+        return FoundPickle(value, machine.at, machine.storages)
+    except _EndOfBytesError:
+        return None
     except (IndexError, KeyError, ValueError, TypeError, struct.error, OverflowError) as error:
         # every malformed program ends here: an empty stack, a missing memo entry, a cut argument
         raise CheckpointError(f"{label}: its pickle is damaged ({type(error).__name__})") from error
 
 
 class _Machine:
-    def __init__(self, raw: bytes, label: str) -> None:
+    def __init__(self, raw: bytes, start: int, label: str) -> None:
+        self.at = start
+        self.storages: dict[str, Storage | Unsupported] = {}
         self._raw = raw
         self._label = label
-        self._at = 0
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        raw, operations = self._raw, _OPERATIONS
+        raw, operations, end = self._raw, _OPERATIONS, len(self._raw)
         for _ in range(_MAX_OPERATIONS):
-            code = raw[self._at]
-            self._at += 1
+            if self.at >= end:
+                raise _EndOfBytesError
+            code = raw[self.at]
+            self.at += 1
             if code == _STOP:
                 value = self.pop()
                 if self._stack:
@@ -80,20 +118,22 @@ class _Machine:
     # -- arguments in the byte stream
 
     def take(self, count: int) -> bytes:
-        end = self._at + count
-        if count < 0 or end > len(self._raw):
-            raise ValueError("argument reaches past the end")
-        value = self._raw[self._at : end]
-        self._at = end
+        end = self.at + count
+        if end > len(self._raw):
+            raise _EndOfBytesError
+        value = self._raw[self.at : end]
+        self.at = end
         return value
 
     def number(self, layout: str) -> Any:
         return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
 
     def line(self, encoding: str = "utf-8") -> str:
-        end = self._raw.index(b"\n", self._at)
-        value = self._raw[self._at : end].decode(encoding)
-        self._at = end + 1
+        end = self._raw.find(b"\n", self.at)
+        if end < 0:
+            raise _EndOfBytesError
+        value = self._raw[self.at : end].decode(encoding)
+        self.at = end + 1
         return value
 
     def quoted_line(self) -> str:
@@ -217,7 +257,13 @@ class _Machine:
         if type(identity) is not tuple or len(identity) < 5 or identity[0] != "storage":
             raise TypeError("an unknown persistent reference")
         _, kind, key, _location, numel = identity[:5]
+        if len(identity) > 5 and identity[5] is not None:
+            raise self._refuse(
+                "holds views of storages (view_metadata), which torch no longer writes; load it "
+                "once with torch.load(..., weights_only=True) and save it again with torch.save"
+            )
         self.push(storage(kind, key, numel))
+        self.storages.setdefault(key, self.top())
 
 
 _STOP = ord(".")

@@ -19,23 +19,24 @@ WEIGHT_KEYS = (
 )  # fmt: skip
 _EXTRA_STATE = "_extra_state"  # what a module saves besides tensors; it may be a mapping
 _AVERAGE_HINTS = ("ema", "swa", "averag", "shadow", "teacher")
-# what lies beside the weights, wherever those are
+# what trainers save beside the weights to go on training: it may hold tensors, but no weights
 _TRAINING_STATE = re.compile(
-    r"(.*_)?(optim(izers?)?|(lr_)?schedulers?|scaler|grad_scaler|rng|dataloader|train(ing|er)?_state"
-    r"|callbacks|loops)(_.*|\d+)?",
+    r"optimi[sz]er|optims?(?![a-z])|^opt_state|scheduler|(^|_)sched(_|$)|(^|_)(grad_?)?scalers?(_|$)"
+    r"|^amp(_|$)|(^|_)rng(s|_|$)|random_states?|data_?loader|(^|_)sampler(_|$)|^(loops|callbacks)$"
+    r"|^train(ing|er)?_(state|progress)|^(metric|loss|averaging)_state(_dict)?$",
     re.IGNORECASE,
 )
+# Lightning's WeightAveraging callback puts averages where the weights were, and those here
+_LIGHTNING_AVERAGED, _LIGHTNING_RAW = "averaging_state", "current_model_state"
 STEP_KEYS = (
-    "global_step",
-    "global_steps",
-    "step",
-    "global_iter",
-    "iteration",
-    "iter",
-    "num_updates",
-    "it",
-)
+    "global_step", "global_steps", "step", "global_iter", "iteration", "iter", "num_updates", "it",
+)  # fmt: skip
 EPOCH_KEYS = ("epoch", "epochs")
+
+
+def is_training_state(key: str) -> bool:
+    """Tell whether an entry of a checkpoint serves to go on training: an optimizer, a loader."""
+    return _TRAINING_STATE.search(key) is not None
 
 
 def find_state_dict(root: Any, state_key: str | None, label: str) -> tuple[Pairs, list[str]]:
@@ -48,8 +49,10 @@ def find_state_dict(root: Any, state_key: str | None, label: str) -> tuple[Pairs
 
     mapping, path, notes = root, "", list[str]()
     for _ in range(_MAX_NESTING):
+        prefix = f"{path}." if path else ""
         averages = [key for key in _weight_mappings(mapping) if _is_average(key)]
         if averages:
+            averages[:3] = [f"{prefix}{_tensor_path(mapping, key)}" for key in averages[:3]]
             notes.append(f"also holds {some(averages)}; --state-key selects it")
         candidates = [key for key in _weight_mappings(mapping) if key in WEIGHT_KEYS]
         if not candidates:
@@ -60,14 +63,15 @@ def find_state_dict(root: Any, state_key: str | None, label: str) -> tuple[Pairs
             )
         path = f"{path}.{candidates[0]}" if path else candidates[0]
         mapping = mapping.get(candidates[0])
-    nested = [
-        key
-        for key in _tensor_mappings(mapping)
-        if not key.endswith(_EXTRA_STATE) and not is_training_state(key)
-    ]
+    nested = [key for key in _tensor_mappings(mapping) if not key.endswith(_EXTRA_STATE)]
     networks = [key for key in nested if not _is_average(key)]
     has_tensors = any(type(value) in (TensorView, Unsupported) for _, value in mapping.items)
     if has_tensors and not networks:
+        if path == "state_dict" and {_LIGHTNING_AVERAGED, _LIGHTNING_RAW} <= _keys(root):
+            notes.append(
+                "its 'state_dict' holds averages that training kept already (WeightAveraging); "
+                f"--state-key {_LIGHTNING_RAW} selects the weights of this step"
+            )
         return mapping, notes
     level = f"in its entry '{path}'" if path else "at its top level"
     keys = [key for key, _ in mapping.string_items()]
@@ -78,11 +82,6 @@ def find_state_dict(root: Any, state_key: str | None, label: str) -> tuple[Pairs
         example = f"{prefix}{_tensor_path(mapping, nested[0])}"
         hint = f"; choose one with --state-key, for example --state-key {example}"
     raise CheckpointError(f"{label}: no weights found {level}, which holds {found}{hint}")
-
-
-def is_training_state(key: str) -> bool:
-    """Tell by its name whether an entry belongs to the training, as an optimizer's state does."""
-    return _TRAINING_STATE.fullmatch(key) is not None
 
 
 def _walk(root: Pairs, state_key: str, label: str) -> Pairs:
@@ -112,7 +111,10 @@ def _weight_mappings(mapping: Pairs) -> list[str]:
 
 
 def _tensor_mappings(mapping: Pairs) -> list[str]:
-    """Return the keys whose value is a mapping that holds a tensor, at most two levels down."""
+    """Return the keys whose value is a mapping that holds a tensor, at most two levels down.
+
+    What serves to go on training is left out.
+    """
     known: dict[tuple[int, int], bool] = {}  # one mapping may be referred to a million times
 
     def holds_tensors(value: Any, levels: int) -> bool:
@@ -126,7 +128,11 @@ def _tensor_mappings(mapping: Pairs) -> list[str]:
             )
         return known[id(value), levels]
 
-    return [key for key, value in mapping.string_items() if holds_tensors(value, 1)]
+    return [
+        key
+        for key, value in mapping.string_items()
+        if holds_tensors(value, 1) and not is_training_state(key)
+    ]
 
 
 def _tensor_path(mapping: Pairs, key: str) -> str:
@@ -140,6 +146,10 @@ def _tensor_path(mapping: Pairs, key: str) -> str:
             break
         path, value = f"{path}.{below[0]}", value.get(below[0])
     return path
+
+
+def _keys(mapping: Pairs) -> set[str]:
+    return {key for key, _ in mapping.string_items()}
 
 
 def _is_average(key: str) -> bool:

@@ -6,8 +6,10 @@ The weights are looked for where trainers put them; optimizer state and the like
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+import numpy as np
+
 from ckptavg.checkpoint.files import ReadableFile
-from ckptavg.checkpoint.pickle_values import Pairs, Storage, TensorView, Unsupported
+from ckptavg.checkpoint.pickle_values import Storage, TensorView, Unsupported
 from ckptavg.checkpoint.sharded import Place
 from ckptavg.checkpoint.state_dict import (
     EPOCH_KEYS,
@@ -18,9 +20,12 @@ from ckptavg.checkpoint.state_dict import (
 )
 from ckptavg.checkpoint.stored import StoredCheckpoint
 from ckptavg.checkpoint.strided import extent, is_row_major
+from ckptavg.checkpoint.torch_legacy import TorchLegacy
 from ckptavg.checkpoint.torch_zip import TorchZip
+from ckptavg.checkpoint.training_facts import learning_rate, metrics
+from ckptavg.checkpoint.widened import widened
 from ckptavg.errors import CheckpointError
-from ckptavg.tensors import TensorInfo
+from ckptavg.tensors import FLOAT64, TensorInfo
 
 
 class TorchArchive(Protocol):
@@ -39,11 +44,14 @@ class TorchArchive(Protocol):
         """Return where the bytes of a storage begin in the file."""
 
 
-def open_torch_file(file: ReadableFile, *, state_key: str | None) -> StoredCheckpoint:
+def open_torch_file(
+    file: ReadableFile, *, is_legacy: bool, state_key: str | None
+) -> StoredCheckpoint:
     """Open a file written by ``torch.save``.
 
     Args:
         file: The open file.
+        is_legacy: Whether it has the format from before torch 1.6.
         state_key: Which entry holds the weights, as a key or keys joined by dots, or ``.`` for the
             top level; None looks for the usual ones.
 
@@ -51,7 +59,7 @@ def open_torch_file(file: ReadableFile, *, state_key: str | None) -> StoredCheck
         CheckpointError: If the file is damaged, needs code to be read, or holds no weights that
             can be told apart from the rest.
     """
-    archive = TorchZip(file)
+    archive: TorchArchive = TorchLegacy(file) if is_legacy else TorchZip(file)
     state_dict, notes = find_state_dict(archive.root, state_key, file.label)
     archive.prefetch(value.storage for _, value in state_dict.items if type(value) is TensorView)
     tensors: dict[str, TensorInfo] = {}
@@ -85,7 +93,17 @@ def open_torch_file(file: ReadableFile, *, state_key: str | None) -> StoredCheck
         owners.setdefault(identity, name)
     if left_out:
         notes.append(f"left out, not tensors: {some(left_out)}")
-    root = archive.root if type(archive.root) is Pairs else Pairs()
+    root = archive.root  # a mapping: the weights were found in it
+
+    def read_scalar(view: TensorView) -> float | None:
+        """Read what a trainer measured: a few bytes."""
+        try:
+            place = place_view(file, archive, "of a metric", view)
+            raw = file.read(place.offset, view.dtype.itemsize)
+        except CheckpointError:  # it is not needed
+            return None
+        return float(widened(np.frombuffer(raw, np.uint8), view.dtype, FLOAT64)[0])
+
     return StoredCheckpoint(
         label=file.label,
         layout="torch file",
@@ -95,6 +113,8 @@ def open_torch_file(file: ReadableFile, *, state_key: str | None) -> StoredCheck
         aliases=aliases,
         step=first_integer(root, STEP_KEYS),
         epoch=first_integer(root, EPOCH_KEYS),
+        learning_rate=learning_rate(root),
+        metrics=metrics(root, read_scalar),
         notes=notes,
     )
 

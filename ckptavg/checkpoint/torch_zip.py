@@ -6,11 +6,9 @@ from zlib import crc32
 
 from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.checkpoint.pickle_values import Storage
-from ckptavg.checkpoint.pickles import read_pickle
+from ckptavg.checkpoint.pickles import MAX_PICKLE_BYTES, read_pickle
 from ckptavg.checkpoint.zip_directory import Member, ZipDirectory
 from ckptavg.errors import CheckpointError
-
-_MAX_PICKLE_BYTES = 64 * 2**20
 
 
 class TorchZip:
@@ -46,7 +44,7 @@ class TorchZip:
         byteorder = members.get(f"{self._top}byteorder")
         if byteorder is not None and self._read(byteorder, 64) != b"little":
             raise self._refuse("was written on a big-endian machine")
-        self.root: Any = read_pickle(self._read(members[pickles[0]], _MAX_PICKLE_BYTES), file.label)
+        self.root: Any = read_pickle(self._read(members[pickles[0]], MAX_PICKLE_BYTES), file.label)
 
     def prefetch(self, storages: Iterable[Storage]) -> None:
         """Have the headers read at once of storages that will be located."""

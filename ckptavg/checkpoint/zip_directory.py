@@ -14,6 +14,7 @@ from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 
 _END = struct.Struct("<4sHHHHIIH")
+_END_SIGNATURE = b"PK\x05\x06"
 _ZIP64_LOCATOR = struct.Struct("<4sIQI")
 _ZIP64_END = struct.Struct("<4sQHHIIQQQQ")
 _ENTRY = struct.Struct("<4sHHHHHHIIIHHHHHII")
@@ -104,9 +105,15 @@ class ZipDirectory:
     def _find_directory(self) -> tuple[int, int, int]:
         """Return the number of entries, and position and size of the central directory."""
         size = self._file.size
-        tail_bytes = min(size, _END.size + _MAX_COMMENT_BYTES)
+        widest = min(size, _END.size + _MAX_COMMENT_BYTES)
+        self._file.prefetch([(size - widest, widest)])  # from a Hub all that follows in one request
+        tail_bytes = min(size, _END.size)
         tail = self._file.read(size - tail_bytes, tail_bytes)
-        at = tail.rfind(b"PK\x05\x06")
+        at = tail.rfind(_END_SIGNATURE)
+        if at != 0 or tail[-2:] != b"\0\0":  # not an end record without a comment
+            tail_bytes = widest
+            tail = self._file.read(size - tail_bytes, tail_bytes)
+            at = tail.rfind(_END_SIGNATURE)
         if at < 0 or len(tail) - at < _END.size:
             raise IncompleteCheckpointError(
                 f"{self._file.label}: has {size} bytes, but no zip directory at its end: the torch "
@@ -160,14 +167,16 @@ class ZipDirectory:
             )
             position = extra_end + comment_bytes
             if method != 0 or flags & _ENCRYPTED_FLAG or stored != size:
-                hint = (
-                    "; a TorchScript archive is a program: save its state_dict() with torch.save"
-                    if "/code/" in name
-                    else ""
-                )
+                hint = ", which torch.save never does"
+                if "/code/" in name:
+                    hint += (
+                        "; a TorchScript archive is a program: save its state_dict() with "
+                        "torch.save"
+                    )
+                if name.endswith(".npy"):
+                    hint = "; save the arrays with np.savez, which does not compress"
                 raise self._refuse(
-                    f"the zip archive's member '{name}' is compressed or encrypted, "
-                    f"which torch.save never does{hint}"
+                    f"the zip archive's member '{name}' is compressed or encrypted{hint}"
                 )
             if name in members:
                 raise self._refuse(f"the zip archive holds '{name}' twice")
