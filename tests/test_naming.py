@@ -248,7 +248,7 @@ def test_names_come_back_as_the_last_checkpoint_has_them(tmp_path: Path) -> None
     assert [set(checkpoint.tensors) for checkpoint in kept] == [
         {"net.module.a", "module.b", "c"}
     ] * 2
-    assert notes == ["tensor names keep the prefixes that they have in two"]
+    assert notes == ["the output keeps the prefixes that tensor names have in two"]
     assert read_tensor(kept[0], "c") == read_tensor(one, "module.c")
     assert kept[0].places_digest != renamed[0].places_digest
 

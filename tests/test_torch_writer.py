@@ -299,7 +299,7 @@ def test_names_are_kept_through_the_batchnorm_pass(tmp_path: Path) -> None:
     bare, kept = loaded(tmp_path / "bare"), loaded(tmp_path / "kept")
     assert list(kept) == [f"module.{name}" for name in bare]
     assert all(torch.equal(kept[f"module.{name}"], value) for name, value in bare.items())
-    assert f"tensor names keep the prefixes that they have in {paths[-1]}" in result.notes
+    assert f"the output keeps the prefixes that tensor names have in {paths[-1]}" in result.notes
     assert json.loads((tmp_path / "kept/ckptavg.json").read_text())["recipe"]["keep_prefix"] is True
 
 
