@@ -15,6 +15,7 @@ from ckptavg.average import (
     size_workspace,
 )
 from ckptavg.checkpoint import Checkpoint, normalise_names
+from ckptavg.derive import refuse_too_large
 from ckptavg.destination import check_destination
 from ckptavg.errors import CkptavgError, MemoryBudgetError, SourceError, UsageError
 from ckptavg.plan import DEFAULT_MAX_SHARD_BYTES, AveragePlan, plan_average
@@ -125,6 +126,11 @@ def prepared_average(
             plan = plan_average(
                 checkpoints, recipe, max_shard_bytes=max_shard_bytes, notes=[*notes, *naming_notes]
             )
+        if batchnorm is not None and plan.derived.adapter is not None:
+            raise UsageError(
+                "the BatchNorm pass runs a whole model, and these are adapters: leave --model out"
+            )
+        refuse_too_large(plan, memory_budget_bytes)
         workspace = _workspace(
             plan,
             choose_device(

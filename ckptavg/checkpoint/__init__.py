@@ -4,6 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ckptavg.checkpoint.adapter import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_LAYOUT,
+    ADAPTER_WEIGHTS_NAME,
+)
 from ckptavg.checkpoint.directory import open_directory
 from ckptavg.checkpoint.files import PositionalFile
 from ckptavg.checkpoint.folder import LocalFolder
@@ -21,6 +26,9 @@ if TYPE_CHECKING:  # importing huggingface_hub takes longer than averaging many 
     from ckptavg.hub.connection import HubConnection
 
 __all__ = [
+    "ADAPTER_CONFIG_NAME",
+    "ADAPTER_LAYOUT",
+    "ADAPTER_WEIGHTS_NAME",
     "READ_SCRATCH_BYTES",
     "Checkpoint",
     "normalise_names",
@@ -39,7 +47,8 @@ def open_checkpoint(
 
     Args:
         source: A safetensors file, a torch file (zip format, ``.pt .pth .bin .ckpt .tar``), or a
-            directory with ``model.safetensors``, ``pytorch_model.bin`` or their sharded forms.
+            directory with ``model.safetensors``, ``pytorch_model.bin`` or their sharded forms, or
+            with a PEFT adapter.
         state_key: The entry of a torch file that holds the weights, such as ``ema`` or
             ``trainer.model``; None looks for the usual ones.
         label: What messages call the checkpoint; the source itself if None.

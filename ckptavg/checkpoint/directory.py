@@ -2,6 +2,7 @@
 
 from pathlib import PurePath, PurePosixPath, PureWindowsPath
 
+from ckptavg.checkpoint.adapter import ADAPTER_CONFIG_NAME, ADAPTER_LAYOUT, open_adapter
 from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.checkpoint.folder import Folder, read_json
 from ckptavg.checkpoint.formats import open_file
@@ -37,6 +38,9 @@ def open_directory(folder: Folder, *, state_key: str | None) -> StoredCheckpoint
     try:
         checkpoint.folder = folder
         checkpoint.aliases = {**checkpoint.aliases, **_tied_by_config(folder, checkpoint)}
+        if folder.has(ADAPTER_CONFIG_NAME) and checkpoint.layout != ADAPTER_LAYOUT:
+            note = "the full model was read, the PEFT adapter beside it was passed over"
+            checkpoint.notes = [*checkpoint.notes, note]
         state = read_json(folder, "trainer_state.json")
     except BaseException:
         checkpoint.close()
@@ -65,11 +69,8 @@ def _open_weights(folder: Folder, state_key: str | None) -> StoredCheckpoint:
             f"{label}: is a torch.distributed.checkpoint directory, which is not read yet; convert "
             "it with: python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
         )
-    if folder.has("adapter_config.json"):
-        raise CheckpointError(
-            f"{label}: holds a LoRA adapter; the mean of its factors is not the mean of their "
-            "product, so adapters are not averaged; merge them into the base model first"
-        )
+    if folder.has(ADAPTER_CONFIG_NAME):
+        return open_adapter(folder, state_key=state_key)
     others = [name for name in folder.names() if name.endswith(".safetensors")]
     if len(others) == 1:
         return _open_single(folder, others[0], state_key)

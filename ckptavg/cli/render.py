@@ -245,6 +245,8 @@ def plan_lines(prepared: "Prepared", output: str) -> list[str]:
             f"  {len(summary['copied'])} integer or bool tensors copied; where checkpoints differ, "
             f"from {', '.join(names)}: {_some(summary['copied'])}"
         )
+    for kind, modules in summary["derived"].items():
+        lines.append(f"  {len(modules)} modules computed as {kind}: {_some(modules)}")
     for name, owner in summary["tied"].items():
         lines.append(f"  {name}: tied to {owner}, averaged once")
     each = " for each average" if several else ""
