@@ -10,13 +10,14 @@ from ckptavg.average.floats import decode_to_float64, encode_from_float64, is_no
 from ckptavg.blocks import Action, TensorPlan
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.derived import Deviation, Part
-from ckptavg.derived.protocol import Array
+from ckptavg.derived.protocol import PART_NUMEL, Array, spans_of
 from ckptavg.errors import MemoryBudgetError
 from ckptavg.plan import AveragePlan
 from ckptavg.tensors import Piece
 from ckptavg.writer import ModelWriter
 
-_FIXED_NBYTES = 3_500 * 1024  # code, headers and plan, as of the engine
+# code, headers and plan, as of the engine; and what a part is rounded with
+_FIXED_NBYTES = 3_500 * 1024 + 8 * 8 * PART_NUMEL
 
 
 class Place(NamedTuple):
@@ -83,11 +84,13 @@ def derive(
 
 def _write(plan: AveragePlan, place: Place, part: Part, model: ModelWriter) -> None:
     dtype = place.tensor.output_dtype
-    bits = encode_from_float64(part.values, dtype)
-    if not plan.recipe.allow_nonfinite and is_nonfinite(bits, dtype).any():
-        raise overflow_error(part.name, dtype)
-    for tensor in (place.tensor, *place.also):
-        model.write(tensor.shard, tensor.offset + part.first * dtype.itemsize, bits.data)
+    for first, last in spans_of(len(part.values), PART_NUMEL):
+        bits = encode_from_float64(part.values[first:last], dtype)
+        if not plan.recipe.allow_nonfinite and is_nonfinite(bits, dtype).any():
+            raise overflow_error(part.name, dtype)
+        for tensor in (place.tensor, *place.also):
+            at = tensor.offset + (part.first + first) * dtype.itemsize
+            model.write(tensor.shard, at, bits.data)
 
 
 class _Inputs:

@@ -135,7 +135,7 @@ def average_together(
     adapter = plan.derived.adapter
     return Averaged(
         adapters=[
-            None if adapter is None else adapter_report(adapter, deviations)
+            None if adapter is None else adapter_report(adapter.method, adapter.rank, deviations)
             for deviations in done[0][2]
         ],
         differing=[

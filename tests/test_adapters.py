@@ -358,7 +358,7 @@ def test_several_schemes_share_the_rank(tmp_path: Path) -> None:
         tmp_path / "out",
         schemes=["uniform", "uniform:last=2", "x=coefficients:0.5,0,0,0.5", "uniform:last=1"],
     )
-    all_shares = [[0.25] * 4, [0, 0, 0.5, 0.5], [0.5, 0, 0, 0.5], [0, 0, 0, 1]]
+    all_shares: list[list[float]] = [[0.25] * 4, [0, 0, 0.5, 0.5], [0.5, 0, 0, 0.5], [0, 0, 0, 1]]
     for one, shares in zip(result.outputs, all_shares, strict=True):
         assert_products(one.path, mean(all_products(made), shares), rtol=2**-22)
         state, told = output(one.path)
@@ -597,8 +597,6 @@ def test_what_is_read_is_what_was_said(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ckptavg import steps
-
     paths = [
         save_adapter(
             tmp_path / f"checkpoint-{n}", {**factors(n), f"{PREFIX}h": torch.ones(3) * n}, config()
@@ -609,7 +607,7 @@ def test_an_interrupted_run_is_continued(tmp_path: Path, monkeypatch: pytest.Mon
     def interrupt(*arguments: object) -> object:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(steps, "derive", interrupt)
+    monkeypatch.setattr("ckptavg.steps.derive", interrupt)
     with pytest.raises(KeyboardInterrupt):
         average_checkpoints(paths, tmp_path / "out")
     monkeypatch.undo()
@@ -715,20 +713,19 @@ def test_unknown_parts_are_refused(tmp_path: Path) -> None:
     assert f"the tensor '{PREFIX}conv.lora_diag'" in refusal(paths, IncompatibleCheckpointsError)
 
 
-def test_ia3_and_prompts_are_plain_parameters(tmp_path: Path) -> None:
-    for kind, ending in (("IA3", "as they are"), ("PROMPT_TUNING", "with the last checkpoint")):
-        paths = []
-        for n in range(2):
-            told = {"peft_type": kind, "base_model_name_or_path": "org/base"}
-            path = tmp_path / f"{kind}-{n}"
-            paths.append(save_adapter(path, {"ia3_l": torch.ones(2) * n}, told))
-        result = average_checkpoints(paths, tmp_path / f"{kind}-out")
-        assert result.notes[0].endswith(ending)
-        state, told = output(tmp_path / f"{kind}-out")
-        assert torch.equal(state["ia3_l"], torch.full((2,), 0.5))
-        assert told["inference_mode"] is True
+@pytest.mark.parametrize(
+    ("kind", "ending"), [("IA3", "as they are"), ("PROMPT_TUNING", "with the last checkpoint")]
+)
+def test_ia3_and_prompts_are_plain_parameters(tmp_path: Path, kind: str, ending: str) -> None:
+    told = {"peft_type": kind, "base_model_name_or_path": "org/base"}
+    paths = [save_adapter(tmp_path / f"{n}", {"ia3_l": torch.ones(2) * n}, told) for n in range(2)]
+    result = average_checkpoints(paths, tmp_path / "out")
+    assert result.notes[0].endswith(ending)
+    state, found = output(tmp_path / "out")
+    assert torch.equal(state["ia3_l"], torch.full((2,), 0.5))
+    assert found == {**told, "inference_mode": True}
     assert refusal(paths, UsageError, adapter_rank=2) == (
-        "--adapter-rank is for LoRA, and these are PROMPT_TUNING"
+        f"--adapter-rank is for LoRA, and these are {kind}"
     )
 
 

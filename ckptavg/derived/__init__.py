@@ -10,14 +10,9 @@ from dataclasses import dataclass
 
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.derived.adapter_config import AdapterConfig
-from ckptavg.derived.adapters import (
-    AdapterPlan,
-    AdapterReport,
-    adapter_configs,
-    adapter_report,
-    plan_adapters,
-    report_note,
-)
+from ckptavg.derived.adapter_output import AdapterReport, adapter_report, report_note
+from ckptavg.derived.adapter_rules import adapter_configs
+from ckptavg.derived.adapters import AdapterPlan, plan_adapters
 from ckptavg.derived.lora_modules import factor_names
 from ckptavg.derived.protocol import Deviation, Group, Inputs, Part
 from ckptavg.derived.spectral_norm import find_spectral_norms

@@ -145,7 +145,9 @@ class TruncatedGroup(_LoraGroup):
     def working_nbytes(self) -> int:
         """Those of the factors of all checkpoints, their decompositions, and the core's."""
         total = sum(self.lora.ranks[index] for index in self.used)
-        return 8 * (5 * total * (self.lora.n_in + self.lora.n_out) + 8 * total * total)
+        n_in, n_out = self.lora.n_in, self.lora.n_out
+        core = min(total, n_in) * min(total, n_out)
+        return 8 * (5 * total * (n_in + n_out) + 8 * core)
 
     def alpha(self, row: CoefficientRow, *, use_rslora: bool) -> Fraction:
         """Return the alpha that gives the output its scale."""
@@ -205,7 +207,7 @@ class MeasuredGroup(_LoraGroup):
     def working_nbytes(self) -> int:
         """Those of some rows or columns of all checkpoints, twice, and of four Gram matrices."""
         total = sum(self.lora.ranks[index] for index in self.used)
-        return 8 * (4 * max(PART_NUMEL, total) + 6 * total * total)
+        return 8 * (8 * max(PART_NUMEL, total) + 6 * total * total)
 
     def read_nbytes(self, row: CoefficientRow) -> int:
         """Each factor once."""

@@ -11,7 +11,7 @@ from ckptavg.tensors import TensorInfo
 
 Array = NDArray[np.float64]
 
-PART_NUMEL = 2**16  # elements that are worked on at once where a group goes row by row
+PART_NUMEL = 2**15  # elements that are worked on at once where a group goes row by row
 
 
 class Part(NamedTuple):

@@ -22,7 +22,7 @@ from ckptavg.tensors import TensorInfo
 _ORIGINAL = re.compile(
     r"(?P<old>(?:.*\.)?weight\w*)_orig|(?P<new>(?:.*\.)?parametrizations\.\w+)\.original"
 )
-_WORKING_COPIES = 5  # float64 arrays of the weight: its matrix, the sum, temporaries
+_WORKING_COPIES = 7  # float64 arrays of the weight: its matrix, the sum, temporaries
 
 
 class _Stored(NamedTuple):
