@@ -249,3 +249,38 @@ def test_training_can_go_on(tmp_path: Path) -> None:
     moved = {name for name, value in model.state_dict().items() if (value != before[name]).any()}
     assert moved
     assert all("lora_" in name for name in moved)
+
+
+def test_attention_shares_one_entry_between_its_two_modules(tmp_path: Path) -> None:
+    """PEFT gives the output projection inside the rank and the alpha of the layer around it."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(12, 3, batch_first=True)
+            self.out = nn.Linear(12, 3)
+
+    def base() -> Attention:
+        torch.manual_seed(0)
+        return Attention()
+
+    def weights(path: Path) -> dict[str, Tensor]:
+        model = peft.PeftModel.from_pretrained(base(), path).double().merge_and_unload()
+        return {name: value.detach() for name, value in model.named_parameters()}
+
+    paths = []
+    for number in range(2):
+        model = base()
+        torch.manual_seed(number)
+        told = peft.LoraConfig(
+            r=4, target_modules=["attn", "out"], rank_pattern={"attn": 2}, init_lora_weights=False
+        )
+        paths.append(tmp_path / f"{number}")
+        peft.get_peft_model(model, told).save_pretrained(paths[-1])
+    expected = mean([weights(path) for path in paths])
+    average_checkpoints(paths, tmp_path / "exact")
+    average_checkpoints(paths, tmp_path / "high", adapter_rank=30)
+    for output in ("exact", "high"):
+        found = weights(tmp_path / output)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)

@@ -237,7 +237,7 @@ def plan_lines(prepared: "Prepared", output: str) -> list[str]:
         f"would average {plan.n_checkpoints} checkpoints ({what}) into {output}; "
         "nothing was read but headers",
         *table(["  checkpoint", "step", "epoch", *coefficients, "size"], rows),
-        f"tensors: {summary['averaged']} averaged ({dtypes})",
+        f"tensors: {summary['averaged']} averaged" + (f" ({dtypes})" if dtypes else ""),
     ]
     if summary["copied"]:
         names = dict.fromkeys(plan.labels[one.take_from] for one in plan.outputs)

@@ -90,6 +90,12 @@ def pattern_key(patterns: Mapping[str, Any], module: str) -> str | None:
     ``(.*\.)?(PATTERN)$`` must match the whole name in the base model (peft.utils.other,
     ``get_pattern_key``).
     """
+    return _first_match(tuple(patterns), module)
+
+
+@lru_cache(_MAX_PATTERNS)
+def _first_match(patterns: tuple[str, ...], module: str) -> str | None:
+    """Remember what was found: all checkpoints of a run have the same patterns."""
     return next((key for key in patterns if _compiled(key).match(module)), None)
 
 

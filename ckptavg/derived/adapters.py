@@ -70,7 +70,8 @@ def plan_adapters(
         ]
         notes = _concatenation_notes(groups, used)
     else:
-        groups = [_truncated(one, recipe.adapter_rank, used, configs) for one in modules]
+        rank = recipe.adapter_rank
+        groups = [_truncated(one, modules, rank, used, configs) for one in modules]
         notes = _truncation_notes(groups, recipe.adapter_rank)
     out = [
         json_config(configs[row.used[-1]], ranks_and_alphas(groups, row, configs[row.used[-1]]))
@@ -146,14 +147,20 @@ def _plan_factors(
 
 
 def _truncated(
-    module: LoraModule, rank: int, used: Sequence[int], configs: Sequence[AdapterConfig]
+    module: LoraModule,
+    modules: Sequence[LoraModule],
+    rank: int,
+    used: Sequence[int],
+    configs: Sequence[AdapterConfig],
 ) -> TruncatedGroup:
     whole = sum(module.ranks[index] for index in used)
+    # those that share an entry in the config have one rank
+    sides = [side for one in modules if one.key == module.key for side in (one.n_in, one.n_out)]
     keeps_scale = any(changes_base(configs[index]) for index in used)
     return TruncatedGroup(
         lora=module,
         used=tuple(used),
-        rank=min(rank, whole, module.n_in, module.n_out),
+        rank=min(rank, whole, *sides),
         scale=(module.scales[used[-1]] if keeps_scale else 0) or 1.0,
     )
 
