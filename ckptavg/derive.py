@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ckptavg.average import Sink
 from ckptavg.average.chunks import nonfinite_error, overflow_error
 from ckptavg.average.floats import decode_to_float64, encode_from_float64, is_nonfinite
 from ckptavg.blocks import Action, TensorPlan
@@ -14,7 +15,6 @@ from ckptavg.derived.protocol import PART_NUMEL, Array, spans_of
 from ckptavg.errors import MemoryBudgetError
 from ckptavg.plan import AveragePlan
 from ckptavg.tensors import Piece
-from ckptavg.writer import ModelWriter
 
 # code, headers and plan, as of the engine; and what a part is rounded with
 _FIXED_NBYTES = 3_500 * 1024 + 8 * 8 * PART_NUMEL
@@ -45,7 +45,7 @@ def refuse_too_large(plan: AveragePlan, memory_budget_bytes: int) -> None:
 def derive(
     plan: AveragePlan,
     checkpoints: Sequence[Checkpoint],
-    models: Sequence[ModelWriter],
+    sinks: Sequence[Sink],
     progress: Callable[[int], None],
 ) -> list[list[Deviation]]:
     """Compute every group for every output and write it, each value rounded once.
@@ -53,7 +53,7 @@ def derive(
     Args:
         plan: What to do.
         checkpoints: Those it was made from.
-        models: One writer an output.
+        sinks: One an output.
         progress: Called with bytes read since the last call.
 
     Returns:
@@ -74,15 +74,15 @@ def derive(
         for tensor in plan.with_action(Action.DERIVE)
     }
     found: list[list[Deviation]] = []
-    for output, model in zip(plan.outputs, models, strict=True):
+    for output, sink in zip(plan.outputs, sinks, strict=True):
         found.append([])
         for group in plan.derived.groups:
             for part in group.compute(inputs, output.row, found[-1]):
-                _write(plan, places[part.name], part, model)
+                _write(plan, places[part.name], part, sink)
     return found
 
 
-def _write(plan: AveragePlan, place: Place, part: Part, model: ModelWriter) -> None:
+def _write(plan: AveragePlan, place: Place, part: Part, sink: Sink) -> None:
     dtype = place.tensor.output_dtype
     for first, last in spans_of(len(part.values), PART_NUMEL):
         bits = encode_from_float64(part.values[first:last], dtype)
@@ -90,7 +90,7 @@ def _write(plan: AveragePlan, place: Place, part: Part, model: ModelWriter) -> N
             raise overflow_error(part.name, dtype)
         for tensor in (place.tensor, *place.also):
             at = tensor.offset + (part.first + first) * dtype.itemsize
-            model.write(tensor.shard, at, bits.data)
+            sink.write(tensor.shard, at, bits.data)
 
 
 class _Inputs:

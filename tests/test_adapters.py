@@ -277,6 +277,19 @@ def test_patterns_of_the_output_match_nothing_else(tmp_path: Path) -> None:
     assert output(tmp_path / "out")[1]["rank_pattern"] == {"^q": 4}
 
 
+def test_names_that_are_no_patterns_are_escaped_in_the_output(tmp_path: Path) -> None:
+    tensors = {
+        f"{PREFIX}{module}.lora_{part}.weight": torch.ones(*shape)
+        for module, rank in (("x(", 2), ("y", 3), ("z", 3))
+        for part, shape in (("A", (rank, 3)), ("B", (3, rank)))
+    }
+    told = config(r=3, rank_pattern={r"x\(": 2})
+    paths = [save_adapter(tmp_path / name, tensors, told) for name in "ab"]
+    average_checkpoints(paths, tmp_path / "out")
+    assert output(tmp_path / "out")[1]["rank_pattern"] == {r"^x\(": 4}
+    average_checkpoints([tmp_path / "out"] * 2, tmp_path / "again")
+
+
 def test_the_bias_of_b_is_scaled_with_it(tmp_path: Path) -> None:
     made = make(tmp_path, [{"lora_bias": True}] * 3, bias=True)
     average_checkpoints(made[0], tmp_path / "same")
