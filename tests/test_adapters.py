@@ -406,6 +406,13 @@ def test_other_tensors_are_averaged_as_ever(tmp_path: Path) -> None:
     assert result.outputs[0].differing == (f"{PREFIX}counter",)
 
 
+def test_an_adapter_is_one_file_whatever_its_size(tmp_path: Path) -> None:
+    paths, *_ = make(tmp_path, [{}, {}])
+    result = average_checkpoints(paths, tmp_path / "out", max_shard_bytes=1000)
+    assert not list((tmp_path / "out").glob("*index*"))
+    assert any(note.startswith("an adapter is one file, here of") for note in result.notes)
+
+
 def test_torch_files_and_large_factors(tmp_path: Path) -> None:
     """Factors of several parts; they are read as few rows of B and as runs of A."""
     paths, expected = [], []

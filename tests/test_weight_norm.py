@@ -274,11 +274,39 @@ def test_a_part_alone_is_averaged_as_it_stands(
     assert any(note.endswith(f"is not known: '{example}'") for note in result.notes)
 
 
-def test_parts_that_do_not_fit_are_averaged_as_they_stand(tmp_path: Path) -> None:
-    tensors = {"weight_g": torch.ones(3, 2), "weight_v": torch.ones(2, 3)}
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"weight_g": torch.ones(3, 2), "weight_v": torch.ones(2, 3)},
+        {"weight_g": torch.ones(2, 1), "weight_v": torch.ones(2, 3, dtype=torch.complex64)},
+        {"weight_g": torch.ones(()), "weight_v": torch.ones(())},
+        {"weight_orig": torch.ones(2, 3), "weight_u": torch.ones(5), "weight_v": torch.ones(3)},
+        {"weight_orig": torch.ones(2, 3), "weight_u": torch.ones(2), "weight_v": torch.ones(5)},
+        {
+            "weight_orig": torch.ones(2, 3, dtype=torch.complex64),
+            "weight_u": torch.ones(2),
+            "weight_v": torch.ones(3),
+        },
+    ],
+)
+def test_parts_that_do_not_fit_are_averaged_as_they_stand(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
     paths = [save_checkpoint(tmp_path / f"{n}", tensors, "torch") for n in (1, 2)]
     plan = plan_average([open_checkpoint(path) for path in paths], Recipe())
     assert not plan.derived.groups
+    assert any("are averaged as they stand" in note for note in plan.notes)
+
+
+def test_a_weight_that_is_not_finite_has_no_spectral_norm(tmp_path: Path) -> None:
+    layers = [trained(SPECTRAL_NORMED["old linear"], seed) for seed in range(2)]
+    with torch.no_grad():
+        dict(layers[1].named_parameters())["weight_orig"][0, 0] = torch.nan
+    with pytest.raises(
+        IncompatibleCheckpointsError,
+        match="'weight_orig': the mean weight is not finite, so it has no spectral norm",
+    ):
+        average(tmp_path, layers, allow_nonfinite=True)
 
 
 def test_a_direction_of_length_0_is_refused(tmp_path: Path) -> None:
