@@ -12,6 +12,7 @@ from ckptavg._version import __version__
 if TYPE_CHECKING:
     from ckptavg.batchnorm import BnConvergence, BnLayerReport, BnReport, recompute_bn_stats
     from ckptavg.checkpoint import Checkpoint, open_checkpoint
+    from ckptavg.derived import AdapterReport
     from ckptavg.errors import (
         AfterPublishError,
         BatchNormError,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
 # where each public name lives; imported when it is first used (PEP 562)
 _HOME = {
+    "AdapterReport": "derived",
     "AfterPublishError": "errors",
     "AveragePlan": "plan",
     "AverageResult": "results",
@@ -101,6 +103,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AdapterReport",
     "AfterPublishError",
     "AveragePlan",
     "AverageResult",

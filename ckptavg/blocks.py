@@ -22,6 +22,7 @@ class Action(Enum):
     AVERAGE = "average"  # the weighted mean, rounded once to the output dtype
     TAKE = "take"  # integers and bools: copied; where checkpoints differ, from one of them
     ALIAS = "alias"  # tied: the same bytes as another name, averaged once
+    DERIVE = "derive"  # computed together with other tensors, see ckptavg.derived; in no block
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class TensorPlan:
 
     Attributes:
         name: Its name.
-        info: dtype and shape in the checkpoints.
+        info: dtype and shape in the checkpoints; a derived tensor may get another shape.
         output_dtype: dtype in the output.
         action: What becomes of it.
         owner: For an alias, the name it is tied to.
@@ -114,7 +115,7 @@ def cut_into_blocks(tensors: Sequence[TensorPlan]) -> tuple[Chunk, ...]:
             copies.setdefault(tensor.owner, []).append(tensor)
     spans: list[list[TensorPlan]] = []
     for tensor in tensors:
-        if tensor.action is Action.ALIAS or not tensor.nbytes:
+        if tensor.action in (Action.ALIAS, Action.DERIVE) or not tensor.nbytes:
             continue
         if (
             spans

@@ -1,7 +1,7 @@
 """Which checkpoints may be averaged together, told from their headers."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.errors import IncompatibleCheckpointsError
@@ -51,8 +51,15 @@ def refuse_unaveragable(checkpoint: Checkpoint, output_format: OutputFormat) -> 
         raise refuse("nothing to average: it holds no floating-point tensors")
 
 
-def refuse_differences(checkpoint: Checkpoint, reference: Checkpoint) -> None:
+def refuse_differences(
+    checkpoint: Checkpoint, reference: Checkpoint, *, any_shape: Collection[str] = ()
+) -> None:
     """Compare names, shapes and dtypes; tied names may be stored in one and not in the other.
+
+    Args:
+        checkpoint: What is compared.
+        reference: With what.
+        any_shape: Names whose shapes may differ.
 
     Raises:
         IncompatibleCheckpointsError: Naming the first differences and what would help.
@@ -72,7 +79,9 @@ def refuse_differences(checkpoint: Checkpoint, reference: Checkpoint) -> None:
         other = _info(checkpoint, name)
         if other is None or other == info:
             continue
-        if other.shape != info.shape:
+        if other.dtype is info.dtype and name in any_shape:
+            continue
+        if other.shape != info.shape and name not in any_shape:
             differences.append(
                 f"'{name}' has shape {list(other.shape)} in {checkpoint.label}, "
                 f"{list(info.shape)} in {reference.label}"

@@ -17,6 +17,7 @@ _SPARE_BYTES = 64 * 2**20  # side files, directory entries
 _MODEL_FILE = re.compile(
     r"ckptavg\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|model\.pt"
     r"|(generation_|preprocessor_|processor_)?config\.json|tokenizer(_config)?\.json"
+    r"|adapter_model\.safetensors|adapter_config\.json"
     r"|tokenizer\.model|special_tokens_map\.json|vocab\.(json|txt)|merges\.txt|chat_template\.jinja"
 )
 

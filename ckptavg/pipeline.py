@@ -61,6 +61,8 @@ def average_checkpoints(
     dtype: OutputDType = "same",
     buffers: Buffers = "last",
     allow_nonfinite: bool = False,
+    adapter_rank: int | None = None,
+    adapter_factors: bool = False,
     state_key: str | None = None,
     strip_prefixes: Sequence[str] = (),
     keep_prefix: bool = False,
@@ -103,6 +105,8 @@ def average_checkpoints(
         dtype: dtype of averaged tensors in the output; ``same`` keeps the inputs'.
         buffers: Which checkpoint gives integer and bool tensors that differ.
         allow_nonfinite: Keep infinity and NaN instead of refusing them.
+        adapter_rank: Rank of averaged LoRA adapters; None is the exact mean, at the sum of ranks.
+        adapter_factors: Average the parameters of adapters as they are; see ``Recipe``.
         state_key: The entry of torch files that holds the weights, such as ``ema``.
         strip_prefixes: Prefixes to remove from tensor names.
         keep_prefix: Compare names without prefixes, but write those of the last checkpoint.
@@ -143,6 +147,8 @@ def average_checkpoints(
         dtype=dtype,
         buffers=buffers,
         allow_nonfinite=allow_nonfinite,
+        adapter_rank=adapter_rank,
+        adapter_factors=adapter_factors,
     )
     with joined_processes(distributed=distributed) as processes, ExitStack() as stack:
         prepared = prepare_together(
@@ -175,12 +181,12 @@ def average_checkpoints(
         average_seconds = time.perf_counter() - averaging
         outcomes = recompute_statistics(processes, prepared, directory, batchnorm, progress)
         notes = (
-            *plan.notes, *prepared.notes, *directory.notes,
+            *plan.notes, *prepared.notes, *directory.notes, *averaged.notes,
             *(note for one in outcomes if one is not None for note in report_notes(one.report)),
         )  # fmt: skip
         publishing = time.perf_counter()
         processes.first(
-            lambda: finish(prepared, directory, averaged.differing, list(notes), outcomes, command)
+            lambda: finish(prepared, directory, averaged, list(notes), outcomes, command)
         )
         publish_seconds = time.perf_counter() - publishing
     return AverageResult(
@@ -192,6 +198,7 @@ def average_checkpoints(
                 coefficients=one.row.coefficients,
                 differing=tuple(averaged.differing[index]),
                 taken_from=plan.labels[one.take_from],
+                adapter=averaged.adapters[index],
                 **outcome_fields(outcomes[index]),
             )
             for index, one in enumerate(plan.outputs)

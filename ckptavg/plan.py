@@ -6,15 +6,22 @@ for reasons that no header tells: a read error, a non-finite value, a full disk.
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import get_args
 
 from ckptavg._version import __version__
 from ckptavg.blocks import TAKE_CHUNK_NBYTES, Action, Chunk, TensorPlan, cut_into_blocks
-from ckptavg.checkpoint import Checkpoint
+from ckptavg.checkpoint import ADAPTER_WEIGHTS_NAMES, Checkpoint
 from ckptavg.compatibility import refuse_differences, refuse_unaveragable, tied_names
+from ckptavg.derived import (
+    NOTHING_DERIVED,
+    Derived,
+    adapter_configs,
+    derive_groups,
+    shapes_that_may_differ,
+)
 from ckptavg.errors import IncompatibleCheckpointsError, UsageError
 from ckptavg.hub import split_into_shards
 from ckptavg.recipe import CoefficientRow, Recipe, Scheme, coefficient_row, output_names
@@ -76,6 +83,7 @@ class AveragePlan:
         metadata: String map for the output's weight files: tied names that were declared.
         read_scratch_nbytes: What reading may hold beside the caller's buffer, for each thread.
         notes: What a user should know about the decisions, one sentence each.
+        derived: What is computed in groups of tensors.
     """
 
     recipe: Recipe
@@ -93,6 +101,7 @@ class AveragePlan:
     metadata: Mapping[str, str]
     read_scratch_nbytes: int
     notes: tuple[str, ...]
+    derived: Derived = NOTHING_DERIVED
 
     @property
     def rows(self) -> tuple[CoefficientRow, ...]:
@@ -112,7 +121,12 @@ class AveragePlan:
     @cached_property
     def read_nbytes(self) -> int:
         """Bytes that will be read from all checkpoints together; tied tensors once."""
-        return self.read_nbytes_of(range(len(self.blocks)))
+        return self.read_nbytes_of(range(len(self.blocks))) + self.derived_read_nbytes
+
+    @cached_property
+    def derived_read_nbytes(self) -> int:
+        """Bytes that what is computed in groups reads, for all outputs."""
+        return self.derived.read_nbytes(self.rows)
 
     def read_nbytes_of(self, blocks: Iterable[int]) -> int:
         """Bytes that some blocks read from all checkpoints together."""
@@ -138,7 +152,7 @@ class AveragePlan:
         files = [[stamp._replace(device=0) for stamp in stamps] for stamps in self.files]
         what = (
             __version__, self.recipe, self.outputs, files, self.places, self.tensors, self.shards,
-            self.metadata,
+            self.metadata, self.derived,
         )  # fmt: skip
         return hashlib.sha256(repr(what).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
@@ -226,8 +240,9 @@ def plan_average(
     Raises:
         IncompatibleCheckpointsError: If names, shapes or dtypes differ, nothing can be averaged,
             or the tensors are quantised.
-        UsageError: If the recipe's coefficients do not match the checkpoints, or there is no such
-            format.
+        CheckpointError: If an adapter is not what its config says.
+        UsageError: If the recipe's coefficients do not match the checkpoints, it has options for
+            adapters and these are none, or there is no such format.
     """
     check_format(output_format, max_shard_bytes)
     if not checkpoints:
@@ -236,16 +251,19 @@ def plan_average(
     reference = checkpoints[-1]
     for checkpoint in checkpoints:
         refuse_unaveragable(checkpoint, output_format)
+    configs = adapter_configs(checkpoints, recipe)
+    any_shape = shapes_that_may_differ(reference, configs, recipe)
     for checkpoint in checkpoints[:-1]:
-        refuse_differences(checkpoint, reference)
+        refuse_differences(checkpoint, reference, any_shape=any_shape)
+    derived = derive_groups(checkpoints, configs, recipe, [output.row for output in outputs])
 
     plan_notes = [*notes]
     for checkpoint in checkpoints:
         plan_notes.extend(f"{checkpoint.label}: {note}" for note in checkpoint.notes)
     owners, tie_notes = tied_names(checkpoints)
-    plan_notes.extend(tie_notes)
+    plan_notes.extend([*tie_notes, *derived.notes])
     n_factors = sum(map(bool, map(_LORA_FACTOR.search, reference.tensors)))
-    if n_factors:
+    if n_factors and configs is None:
         plan_notes.append(
             f"{n_factors} tensors are LoRA factors: the mean of the factors is only near the mean "
             "of their products, and only for checkpoints of one run"
@@ -253,13 +271,20 @@ def plan_average(
     n_unused = len(checkpoints) - len({index for one in outputs for index in one.row.used})
     if n_unused:
         plan_notes.append(f"{n_unused} of the {len(checkpoints)} checkpoints go into no average")
-    dtypes = {name: _output_dtype(info, recipe) for name, info in reference.tensors.items()}
-    if output_format == "torch":
-        files, shared = {TORCH_NAME: list(reference.tensors)}, owners
+    infos = {**reference.tensors, **derived.outputs}
+    dtypes = {name: _output_dtype(info, recipe) for name, info in infos.items()}
+    shared: Mapping[str, str] = {}
+    if output_format == "torch":  # what is derived is written under each of its names
+        shared = {name: owner for name, owner in owners.items() if name not in derived.outputs}
+    if configs is not None:  # PEFT reads an adapter from one file
+        files = {ADAPTER_WEIGHTS_NAMES[output_format]: list(infos)}
+    elif output_format == "torch":
+        files = {TORCH_NAME: list(infos)}
     else:
-        max_shard_bytes = max_shard_bytes or _DEFAULT_MAX_SHARD_BYTES
-        files, shared = _split(reference.tensors, dtypes, max_shard_bytes), {}
-    tensors, shards = _lay_out(reference.tensors, dtypes, owners, files, shared)
+        files = _split(infos, dtypes, max_shard_bytes or _DEFAULT_MAX_SHARD_BYTES)
+    tensors, shards = _lay_out(infos, dtypes, owners, files, shared, derived.outputs.keys())
+    if configs is not None and max_shard_bytes and shards[0].nbytes > max_shard_bytes:
+        plan_notes.append(f"an adapter is one file, here of {shards[0].nbytes} bytes")
     return AveragePlan(
         recipe=recipe,
         outputs=outputs,
@@ -280,6 +305,7 @@ def plan_average(
         },
         read_scratch_nbytes=max(checkpoint.read_scratch_nbytes for checkpoint in checkpoints),
         notes=tuple(dict.fromkeys(plan_notes)),
+        derived=derived,
     )
 
 
@@ -330,6 +356,7 @@ def _lay_out(
     owners: Mapping[str, str],
     names_by_file: Mapping[str, list[str]],
     shared: Mapping[str, str],
+    derived: Collection[str],
 ) -> tuple[tuple[TensorPlan, ...], tuple[ShardPlan, ...]]:
     """Place every tensor: widest dtype first, so that each lies aligned to its own element size.
 
@@ -346,13 +373,18 @@ def _lay_out(
         for name in names:
             kind = infos[name].dtype.kind
             action = Action.AVERAGE if kind in ("float", "complex") else Action.TAKE
+            owner = owners.get(name)
+            if name in derived:  # under each of its names
+                action, owner = Action.DERIVE, None
+            elif owner is not None:
+                action = Action.ALIAS
             tensors.append(
                 TensorPlan(
                     name=name,
                     info=infos[name],
                     output_dtype=output_dtypes[name],
-                    action=Action.ALIAS if name in owners else action,
-                    owner=owners.get(name),
+                    action=action,
+                    owner=owner,
                     shard=shard,
                     offset=offsets[shared.get(name, name)],
                 )

@@ -15,6 +15,7 @@ from ckptavg.average import (
     size_workspace,
 )
 from ckptavg.checkpoint import Checkpoint, normalise_names, under_last_names, widen_dtypes
+from ckptavg.derive import refuse_too_large
 from ckptavg.destination import check_destination
 from ckptavg.errors import CkptavgError, MemoryBudgetError, SourceError, UsageError
 from ckptavg.gathering import close_all, open_source, open_sources, order_by_position
@@ -136,6 +137,11 @@ def prepared_average(
                 output_format=output_format,
                 notes=notes,
             )
+        if batchnorm is not None and plan.derived.adapter is not None:
+            raise UsageError(
+                "the BatchNorm pass runs a whole model, and these are adapters: leave --model out"
+            )
+        refuse_too_large(plan, memory_budget_bytes)
         workspace = _workspace(
             plan,
             choose_device(

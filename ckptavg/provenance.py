@@ -58,6 +58,7 @@ def provenance(
     batchnorm: Mapping[str, Any] | None,
     metrics: Mapping[str, float] | None,
     comparison: Sequence[Mapping[str, Any]],
+    adapter: Mapping[str, Any] | None,
     command: str | None,
     inherited_card: str | None,
 ) -> bytes:
@@ -104,6 +105,7 @@ def provenance(
         "batchnorm": batchnorm,
         "metrics": metrics,
         "comparison": list(comparison),
+        "adapter": adapter,
         "output": {
             "format": plan.output_format,
             "nbytes": plan.total_nbytes,
@@ -219,6 +221,7 @@ def tensor_summary(
         "averaged": len(averaged),
         "averaged_dtypes": dtypes,
         "copied": [tensor.name for tensor in plan.with_action(Action.TAKE)],
+        "derived": _derived_modules(plan),
         "tied": {tensor.name: tensor.owner for tensor in plan.with_action(Action.ALIAS)},
     }
     if differing is not None:
@@ -227,3 +230,12 @@ def tensor_summary(
             "names": list(differing),
         }
     return summary
+
+
+def _derived_modules(plan: AveragePlan) -> dict[str, list[str]]:
+    """Return by kind the modules whose tensors are computed together."""
+    found: dict[str, list[str]] = {}
+    for group in plan.derived.groups:
+        if group.outputs:
+            found.setdefault(group.kind, []).append(group.module)
+    return found

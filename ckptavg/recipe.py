@@ -122,6 +122,10 @@ class Recipe:
         buffers: Which checkpoint of an average gives integer and bool tensors that differ between
             its checkpoints; ``refuse`` makes that an error. Equal ones are copied.
         allow_nonfinite: Keep infinities and NaN as IEEE 754 arithmetic gives them.
+        adapter_rank: Rank of averaged LoRA adapters; None is the exact mean of their products,
+            whose rank is the sum of theirs.
+        adapter_factors: Average the parameters of adapters as they are instead, and measure how
+            far the product of mean factors is from the mean product.
 
     Raises:
         UsageError: If a value is not among those named here.
@@ -132,6 +136,8 @@ class Recipe:
     dtype: OutputDType = "same"
     buffers: Buffers = "last"
     allow_nonfinite: bool = False
+    adapter_rank: int | None = None
+    adapter_factors: bool = False
 
     def reordered(self, order: Sequence[int]) -> "Recipe":
         """Return the recipe for checkpoints in another order: new[i] was old[order[i]].
@@ -159,6 +165,12 @@ class Recipe:
         ):
             if value not in allowed:
                 raise UsageError(f"{name}: '{value}' is not one of {', '.join(allowed)}")
+        if self.adapter_rank is not None and self.adapter_factors:
+            raise UsageError("adapter_rank is for products, adapter_factors for factors: pass one")
+        if self.adapter_rank is not None and (
+            type(self.adapter_rank) is not int or self.adapter_rank < 1
+        ):
+            raise UsageError(f"adapter_rank is {self.adapter_rank}, expected at least 1")
 
 
 @dataclass(frozen=True, slots=True)

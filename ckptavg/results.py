@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # importing torch takes longer than averaging most models
     from torch import nn
 
     from ckptavg.batchnorm import BnReport
+    from ckptavg.derived import AdapterReport
     from ckptavg.evaluate import Evaluate
     from ckptavg.model_zoo import ModelFromConfig
 
@@ -86,6 +87,7 @@ class OutputResult:
         metrics: What the evaluation says of it; None without one.
         comparison: What it says of weights and statistics put together otherwise, in the order to
             read; empty unless asked for.
+        adapter: How adapters were averaged, and how exactly; None for other checkpoints.
     """
 
     path: Path
@@ -96,6 +98,7 @@ class OutputResult:
     batchnorm: BnReport | None
     metrics: Mapping[str, float] | None = None
     comparison: tuple[ComparisonRow, ...] = ()
+    adapter: AdapterReport | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -34,7 +34,11 @@ class SideFile:
 
 
 def copy_side_files(
-    files: Sequence[SideFile], writer: ModelWriter, *, output_dtype: DType | None
+    files: Sequence[SideFile],
+    writer: ModelWriter,
+    *,
+    output_dtype: DType | None,
+    rewritten: Mapping[str, bytes],
 ) -> None:
     """Copy side files into an output.
 
@@ -42,13 +46,17 @@ def copy_side_files(
         files: From ``find_side_files``.
         writer: Where they go.
         output_dtype: dtype of the output's weights where it was changed.
+        rewritten: Content of those that are not copied as they are, by name.
 
     Raises:
         CheckpointError: If a file cannot be read.
         OutputError: If one cannot be written.
     """
     for file in files:
-        writer.add_file(file.name, read_side_file(file, output_dtype=output_dtype))
+        content = rewritten.get(file.name)
+        if content is None:
+            content = read_side_file(file, output_dtype=output_dtype)
+        writer.add_file(file.name, content)
 
 
 def find_side_files(

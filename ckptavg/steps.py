@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -10,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg._version import __version__
 from ckptavg.average import Job, Timings, average
+from ckptavg.checkpoint import ADAPTER_CONFIG_NAME
+from ckptavg.derive import derive
+from ckptavg.derived import AdapterReport, Deviation, adapter_report, report_note
 from ckptavg.destination import PROVENANCE_NAME
 from ckptavg.errors import ProcessError
 from ckptavg.output import OutputDirectory
@@ -33,7 +37,14 @@ class Averaged:
     """What all processes together found and took."""
 
     differing: list[list[str]]  # for each output, in its order
+    adapters: list[AdapterReport | None]  # likewise
     timings: Timings
+
+    @property
+    def notes(self) -> list[str]:
+        """What was measured, one sentence each."""
+        found = (None if one is None else report_note(one) for one in self.adapters)
+        return list(dict.fromkeys(note for note in found if note is not None))
 
 
 def prepare_together(
@@ -82,7 +93,8 @@ def average_together(
     """Average what is left to do, each process its share; see that nothing changed meanwhile."""
     plan = prepared.plan
     blocks = processes.share(sorted(set(range(len(plan.blocks))) - set(before)))
-    report = _stage(progress, "average", plan.read_nbytes_of(blocks))
+    derived_nbytes = plan.derived_read_nbytes if processes.rank == 0 else 0
+    report = _stage(progress, "average", plan.read_nbytes_of(blocks) + derived_nbytes)
 
     def advance(done: int) -> None:
         report(done)
@@ -100,6 +112,11 @@ def average_together(
             ),
             prepared.workspace,
         )
+        deviations: list[list[Deviation]] = []
+        if processes.rank == 0:
+            started = time.perf_counter()
+            deviations = derive(plan, prepared.checkpoints, directory.models, advance)
+            timings.arithmetic_seconds += time.perf_counter() - started
         for checkpoint in prepared.checkpoints:
             checkpoint.check_unchanged()
         for index in plan.used_checkpoints:  # in every process: what it read is what it verifies
@@ -107,13 +124,20 @@ def average_together(
         if processes.size > processes.local_size:  # what other hosts wrote must reach the storage
             directory.sync()
         found = sorted(set().union(*directory.finished.values()))
-        return [found, [timings.read_seconds, timings.arithmetic_seconds, timings.write_seconds]]
+        seconds = [timings.read_seconds, timings.arithmetic_seconds, timings.write_seconds]
+        return [found, seconds, deviations]
 
     timings, found = Timings(), set[tuple[int, str]]()
-    for differing, seconds in processes.together(work):
+    done = processes.together(work)
+    for differing, seconds, _ in done:
         timings.add(Timings(*seconds), share=1 / processes.size)
         found.update((row, name) for row, name in differing)
+    adapter = plan.derived.adapter
     return Averaged(
+        adapters=[
+            None if adapter is None else adapter_report(adapter.method, adapter.rank, deviations)
+            for deviations in done[0][2]
+        ],
         differing=[
             [tensor.name for tensor in plan.tensors if (row, tensor.name) in found]
             for row in range(len(plan.outputs))
@@ -160,7 +184,7 @@ def recompute_statistics(
 def finish(
     prepared: Prepared,
     directory: OutputDirectory,
-    differing: Sequence[Sequence[str]],
+    averaged: Averaged,
     notes: Sequence[str],
     outcomes: Sequence[BnOutcome | None],
     command: str | None,
@@ -171,7 +195,11 @@ def finish(
         outcome, files = outcomes[index], prepared.side_files[index]
         model.seal(prepared.workspace.n_threads)
         model.add_index()
-        copy_side_files(files, model, output_dtype=plan.changed_dtype)
+        adapter, rewritten = plan.derived.adapter, dict[str, bytes]()
+        if adapter is not None:
+            rewritten[ADAPTER_CONFIG_NAME] = adapter.configs[index].encode()
+        copy_side_files(files, model, output_dtype=plan.changed_dtype, rewritten=rewritten)
+        report = averaged.adapters[index]
         model.add_file(
             PROVENANCE_NAME,
             provenance(
@@ -182,7 +210,8 @@ def finish(
                 state_key=prepared.state_key,
                 strip_prefixes=prepared.strip_prefixes,
                 keep_prefix=prepared.keep_prefix,
-                differing=differing[index],
+                differing=averaged.differing[index],
+                adapter=None if report is None else asdict(report),
                 notes=notes,
                 side_files=[file.name for file in files],
                 derived_from=prepared.derived_from,

@@ -163,14 +163,35 @@ def test_an_index_beside_a_single_file_is_refused(sharded: Path) -> None:
     )
 
 
-def test_an_adapter_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_is_opened_as_one(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 30}')
+    torch.save(TENSORS, tmp_path / "adapter_model.bin")
+    assert open_checkpoint(tmp_path).step == 30
     save_file(TENSORS, tmp_path / "adapter_model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.layout == "PEFT adapter directory"
+    assert checkpoint.notes == ["adapter_model.bin was passed over for adapter_model.safetensors"]
+    assert [Path(file.path).name for file in checkpoint.files] == ["adapter_model.safetensors"]
+
+
+def test_an_adapter_without_weights_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
     refused(
         tmp_path,
-        ": holds a LoRA adapter; the mean of its factors is not the mean of their product, so "
-        "adapters are not averaged; merge them into the base model first",
+        ": holds adapter_config.json, but neither adapter_model.safetensors nor adapter_model.bin",
     )
+
+
+def test_a_full_model_beside_an_adapter_is_what_is_read(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        save_file(TENSORS, tmp_path / name)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.layout == "safetensors directory"
+    assert checkpoint.notes == [
+        "the full model was read, the PEFT adapter beside it was passed over"
+    ]
 
 
 def test_a_distributed_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from ckptavg.average.work import Job
 from ckptavg.blocks import Chunk, Differing
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.errors import IncompatibleCheckpointsError
-from ckptavg.tensors import FLOAT64, Piece
+from ckptavg.plan import AveragePlan
+from ckptavg.tensors import FLOAT64, DType, Piece
 
 _PART_NUMEL = 2**16
 _REPAIRING = Lock()
@@ -119,25 +120,36 @@ def _repaired(job: Job, chunk: Chunk, row: int, suspects: NDArray[np.intp]) -> A
             bad &= ~shared
             if bad.any():
                 name = _first_name(pieces, chunk.dtype.itemsize, suspects[bad])
-                raise IncompatibleCheckpointsError(
-                    f"{checkpoints[index].label}: tensor '{name}' in checkpoint {index + 1} of "
-                    f"{plan.n_checkpoints} has {_count_nonfinite(checkpoints[index], name)} "
-                    "non-finite values (infinity or NaN); leave that checkpoint out, or pass "
-                    "--allow-nonfinite"
-                )
+                raise nonfinite_error(plan, checkpoints, index, name)
     total[shared] = values_of(first)[shared]
     repaired = encode_from_float64(total, chunk.output_dtype)
     overflowed = is_nonfinite(repaired, chunk.output_dtype) & ~shared
     if overflowed.any() and not plan.recipe.allow_nonfinite:
         name = _first_name(pieces, chunk.dtype.itemsize, suspects[overflowed])
-        remedy = "" if chunk.output_dtype is FLOAT64 else "choose a wider --dtype, or "
-        raise IncompatibleCheckpointsError(
-            f"tensor '{name}': averaged values overflow {chunk.output_dtype}; {remedy}pass "
-            "--allow-nonfinite"
-        )
+        raise overflow_error(name, chunk.output_dtype)
     if chunk.dtype is chunk.output_dtype:  # to the bit, also the payload of a NaN
         repaired[shared] = first[shared]
     return repaired
+
+
+def nonfinite_error(
+    plan: AveragePlan, checkpoints: Sequence[Checkpoint], index: int, name: str
+) -> IncompatibleCheckpointsError:
+    """Return the error for a tensor of a checkpoint that holds infinity or NaN."""
+    return IncompatibleCheckpointsError(
+        f"{checkpoints[index].label}: tensor '{name}' in checkpoint {index + 1} of "
+        f"{plan.n_checkpoints} has {_count_nonfinite(checkpoints[index], name)} "
+        "non-finite values (infinity or NaN); leave that checkpoint out, or pass "
+        "--allow-nonfinite"
+    )
+
+
+def overflow_error(name: str, dtype: DType) -> IncompatibleCheckpointsError:
+    """Return the error for a tensor whose average has values that its output dtype has not."""
+    remedy = "" if dtype is FLOAT64 else "choose a wider --dtype, or "
+    return IncompatibleCheckpointsError(
+        f"tensor '{name}': averaged values overflow {dtype}; {remedy}pass --allow-nonfinite"
+    )
 
 
 def _count_nonfinite(checkpoint: Checkpoint, name: str) -> int:

@@ -4,6 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ckptavg.checkpoint.adapter import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_LAYOUT,
+    ADAPTER_WEIGHTS_NAMES,
+)
 from ckptavg.checkpoint.directory import holds_weights, open_directory
 from ckptavg.checkpoint.files import PositionalFile
 from ckptavg.checkpoint.folder import LocalFolder
@@ -22,6 +27,9 @@ if TYPE_CHECKING:  # importing huggingface_hub takes longer than averaging many 
     from ckptavg.hub.connection import HubConnection
 
 __all__ = [
+    "ADAPTER_CONFIG_NAME",
+    "ADAPTER_LAYOUT",
+    "ADAPTER_WEIGHTS_NAMES",
     "READ_SCRATCH_BYTES",
     "Checkpoint",
     "holds_weights",

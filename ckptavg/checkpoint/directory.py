@@ -6,6 +6,7 @@ A ``model.pt`` counts where there is nothing else.
 import re
 from collections.abc import Sequence
 
+from ckptavg.checkpoint.adapter import ADAPTER_CONFIG_NAME, ADAPTER_LAYOUT, open_adapter
 from ckptavg.checkpoint.dcp import open_dcp
 from ckptavg.checkpoint.dcp_metadata import METADATA_NAME
 from ckptavg.checkpoint.dcp_safetensors import is_dcp_shard, open_dcp_safetensors
@@ -56,6 +57,9 @@ def open_directory(folder: Folder, *, state_key: str | None) -> StoredCheckpoint
     try:
         checkpoint.folder = folder
         checkpoint.aliases = {**checkpoint.aliases, **_tied_by_config(folder, checkpoint)}
+        if folder.has(ADAPTER_CONFIG_NAME) and checkpoint.layout != ADAPTER_LAYOUT:
+            note = "the full model was read, the PEFT adapter beside it was passed over"
+            checkpoint.notes = [*checkpoint.notes, note]
         state = read_json(folder, "trainer_state.json")
     except BaseException:
         checkpoint.close()
@@ -100,11 +104,8 @@ def _open_weights(folder: Folder, state_key: str | None) -> StoredCheckpoint:
             return _open_single(folder, single_name, state_key)
     if folder.has(METADATA_NAME):
         return open_dcp(folder, state_key=state_key)
-    if folder.has("adapter_config.json"):
-        raise CheckpointError(
-            f"{label}: holds a LoRA adapter; the mean of its factors is not the mean of their "
-            "product, so adapters are not averaged; merge them into the base model first"
-        )
+    if folder.has(ADAPTER_CONFIG_NAME):
+        return open_adapter(folder, state_key=state_key)
     names = [name for name in folder.names() if not folder.is_folder(name)]
     shards = [name for name in names if is_dcp_shard(name)]
     if shards:

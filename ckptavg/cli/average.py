@@ -76,6 +76,19 @@ Examples:
 @click.option(
     "--allow-nonfinite", is_flag=True, help="Keep infinity and NaN instead of refusing them."
 )
+@click.option(
+    "--adapter-rank",
+    type=click.IntRange(min=1),
+    metavar="R",
+    help="Rank of averaged LoRA adapters, for example 16: the best approximation, with its error; "
+    "default: the exact mean of the products, whose rank is the sum of the ranks.",
+)
+@click.option(
+    "--adapter-factors",
+    is_flag=True,
+    help="Average the factors of LoRA adapters (or the parameters of others) apart, which is not "
+    "the mean of their products; the difference is measured.",
+)
 @reading_options
 @model_options(required=False, compare="--compare-bn")
 @machine_options
@@ -112,7 +125,12 @@ def command(
     arguments = pipeline_arguments(options)
     selection = selection_arguments(options)
     schemes = chosen_schemes(options["schemes"], options["coefficients"])
-    recipe = {name: options[name] for name in ("accumulate", "dtype", "buffers", "allow_nonfinite")}
+    recipe = {
+        name: options[name]
+        for name in (
+            "accumulate", "dtype", "buffers", "allow_nonfinite", "adapter_rank", "adapter_factors",
+        )
+    }  # fmt: skip
     arguments |= {"include_code": not options["no_code"], "batchnorm": batchnorm}
     if dry_run:
         with (

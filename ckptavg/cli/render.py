@@ -235,7 +235,7 @@ def plan_lines(prepared: "Prepared", output: str) -> list[str]:
         f"would average {plan.n_checkpoints} checkpoints ({what}) into {output}; "
         "nothing was read but headers",
         *table(["  checkpoint", "step", "epoch", *coefficients, "size"], rows),
-        f"tensors: {summary['averaged']} averaged ({dtypes})",
+        f"tensors: {summary['averaged']} averaged" + (f" ({dtypes})" if dtypes else ""),
     ]
     if summary["copied"]:
         names = dict.fromkeys(plan.labels[one.take_from] for one in plan.outputs)
@@ -243,6 +243,8 @@ def plan_lines(prepared: "Prepared", output: str) -> list[str]:
             f"  {len(summary['copied'])} integer or bool tensors copied; where checkpoints differ, "
             f"from {', '.join(names)}: {_some(summary['copied'])}"
         )
+    for kind, modules in summary["derived"].items():
+        lines.append(f"  {len(modules)} modules computed as {kind}: {_some(modules)}")
     for name, owner in summary["tied"].items():
         lines.append(f"  {name}: tied to {owner}, averaged once")
     each = " for each average" if several else ""

@@ -166,7 +166,15 @@ def _facts(told: Mapping[str, Any]) -> Iterator[str]:
         "checkpoint"
     )
     dtypes = ", ".join(f"{count} {name}" for name, count in tensors["averaged_dtypes"].items())
-    yield f"- {tensors['averaged']} tensors averaged ({dtypes}), {len(tensors['copied'])} copied"
+    listed = f" ({dtypes})" if dtypes else ""
+    yield f"- {tensors['averaged']} tensors averaged{listed}, {len(tensors['copied'])} copied"
+    for kind, modules in (tensors.get("derived") or {}).items():
+        yield f"- {len(modules)} modules averaged by their weights ({_code(kind)})"
+    adapter = told.get("adapter")
+    if adapter:
+        error = adapter.get("error")
+        off = "" if error is None else f", off the mean of the products by {error:.3g} of its norm"
+        yield f"- adapters averaged by {_code(adapter['method'])}, rank {adapter['rank']}{off}"
     batchnorm = told.get("batchnorm")
     if batchnorm and batchnorm.get("layers"):
         yield (
