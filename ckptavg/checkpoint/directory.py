@@ -9,6 +9,7 @@ from ckptavg.checkpoint.dcp_safetensors import is_dcp_shard, open_dcp_safetensor
 from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.checkpoint.folder import (
     TORCH_SUFFIXES,
+    WEIGHT_SUFFIXES,
     Folder,
     is_plain_file_name,
     is_training_state,
@@ -65,7 +66,12 @@ def holds_weights(folder: Folder) -> bool:
     """Tell by the names in a folder whether it is a checkpoint, be it one that is not read."""
     names = folder.names()
     single = [
-        name for name in names if name.endswith(".safetensors") and not folder.is_folder(name)
+        name
+        for name in names
+        if name.endswith(WEIGHT_SUFFIXES)
+        and not is_training_state(name)
+        and not name.startswith(".")
+        and not folder.is_folder(name)
     ]
     return (
         any(folder.has(name) for names in _INDEXED for name in names[:2])
@@ -99,7 +105,9 @@ def _open_weights(folder: Folder, state_key: str | None) -> StoredCheckpoint:
             f"{label}: holds a LoRA adapter; the mean of its factors is not the mean of their "
             "product, so adapters are not averaged; merge them into the base model first"
         )
-    names = [name for name in folder.names() if not folder.is_folder(name)]
+    names = [
+        name for name in folder.names() if not (name.startswith(".") or folder.is_folder(name))
+    ]
     shards = [name for name in names if is_dcp_shard(name)]
     if shards:
         return open_dcp_safetensors(folder, shards)
