@@ -9,7 +9,7 @@ from ckptavg.checkpoint import Checkpoint, open_checkpoint, open_hub_checkpoint
 from ckptavg.checkpoint.folder import Folder, LocalFolder
 from ckptavg.checkpoint.hub_folder import HubFolder, names_a_file
 from ckptavg.checkpoint.position import Position, position_from_name, training_order
-from ckptavg.errors import CheckpointError, SourceError
+from ckptavg.errors import CheckpointError, IncompleteCheckpointError, SourceError
 from ckptavg.runs import Candidate, Run, find_run, in_order, mixture, settle
 from ckptavg.selection import Selection
 from ckptavg.sources import HubAccess, SingleCheckpoint, Source, expand_sources, hub_reference
@@ -49,9 +49,11 @@ def open_sources(
                 candidate.checkpoint.close()
         for candidate in taken:
             if candidate.problem is not None:
-                candidate.problem.add_note(
-                    "newer checkpoints of the run are whole; --match or --steps leaves one out"
-                )
+                if isinstance(candidate.problem, IncompleteCheckpointError):
+                    candidate.problem.add_note(
+                        "it is not the newest of its run, so not left out by itself; --match or "
+                        "--steps leaves it out"
+                    )
                 raise candidate.problem
             if candidate.checkpoint is not None:
                 checkpoints.append(candidate.checkpoint)

@@ -70,7 +70,7 @@ def _find(folder: Folder, prefix: str, depth: int) -> Run | None:
     names, others, unfinished = [], [], []
     for name in folder.names():
         is_folder = folder.is_folder(name)
-        is_step = position_from_name(name) != _NOWHERE
+        is_step = _tells_step(name)
         is_weights = not is_folder and name.endswith(WEIGHT_SUFFIXES)
         if name.startswith(".") or is_training_state(name) or _is_output(folder, name):
             continue
@@ -96,13 +96,14 @@ def _find(folder: Folder, prefix: str, depth: int) -> Run | None:
         return run if names else None
     inner = _inside(folder, prefix, others, depth - 1)
     if has_weights:  # a final model, with its run in a folder beside it
-        inner = [(name, one) for name, one in inner if _is_numbered(one.names)]
-        return inner[0][1]._replace(label=folder.label, has_weights=True) if inner else None
+        steps = [one for _, one in inner if any(map(_tells_step, one.names))]
+        return steps[0]._replace(label=folder.label, has_weights=True) if len(steps) == 1 else None
     if inner and len(inner) + len(names) > 1:
         found = [*(name for name, _ in inner), *names]
         raise SourceError(
-            f"{folder.label}: holds several runs ({', '.join(found[:4])}); "
-            f"name one of them, for example {folder.label}/{inner[-1][0]}"
+            f"{folder.label}: holds several runs ({', '.join(found[:4])}"
+            f"{', ...' if len(found) > 4 else ''}); name one of them, for example "
+            f"{folder.label}/{inner[-1][0]}"
         )
     return inner[0][1] if inner else run if names else None
 
@@ -120,6 +121,10 @@ def _inside(folder: Folder, prefix: str, names: Sequence[str], depth: int) -> li
 def _is_numbered(names: Sequence[str]) -> bool:
     """Tell whether names are those of a run's checkpoints, rather than of single models."""
     return any(not _SECOND_NAME.fullmatch(name.rpartition("/")[2]) for name in names)
+
+
+def _tells_step(name: str) -> bool:
+    return position_from_name(name) != _NOWHERE
 
 
 def _is_model(folder: Folder, name: str) -> bool:
@@ -233,7 +238,7 @@ def _second_names(members: Sequence[Candidate]) -> set[Candidate]:
     """Return those whose names are second names, where others have a number."""
     numbered = {one for one in members if not _SECOND_NAME.fullmatch(one.name)}
     if not numbered:  # best-epoch=3.ckpt, where there is no epoch=3.ckpt
-        numbered = {one for one in members if position_from_name(one.name) != _NOWHERE}
+        numbered = {one for one in members if _tells_step(one.name)}
     return set(members) - numbered if numbered else set()
 
 

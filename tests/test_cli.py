@@ -614,8 +614,8 @@ def test_a_broken_checkpoint_in_a_run_is_one_line_that_says_what_to_do(
     code, out, err = call(capsys, "average", "run", "-o", "swa")
     assert (code, out) == (1, "")
     assert err == (
-        "ckptavg: error: run/checkpoint-1200: holds no weights: it is empty; newer checkpoints of "
-        "the run are whole; --match or --steps leaves one out\n"
+        "ckptavg: error: run/checkpoint-1200: holds no weights: it is empty; it is not the newest "
+        "of its run, so not left out by itself; --match or --steps leaves it out\n"
     )
     assert call(capsys, "average", "run", "-o", "swa", "--match", "*00", "--last", "1")[0] == 0
 

@@ -288,6 +288,28 @@ def test_a_final_model_beside_a_folder_of_checkpoints_needs_a_word_too() -> None
     assert taken("run", last=1) == ["checkpoint-1500"]
 
 
+def test_parts_of_a_model_in_a_folder_beside_it_are_no_run() -> None:
+    model_directory("model")
+    for part in (0, 1):
+        torch_file(f"model/original/consolidated.{part:02d}.pth")
+    assert ckptavg.inspect_run("model") is None
+    assert gathered("model") == (["model"], [])
+    for run in ("a", "b"):
+        trainer_run(f"model/{run}")
+    assert gathered("model") == (["model"], [])  # nothing says that one of two is meant
+
+
+def test_adapters_are_refused_without_a_word_on_what_is_newer() -> None:
+    trainer_run("run", (1, 2))
+    for step in (1, 2):
+        Path(f"run/checkpoint-{step}/model.safetensors").unlink()
+        text(f"run/checkpoint-{step}/adapter_config.json", "{}")
+    with pytest.raises(CheckpointError, match="^run/checkpoint-1: holds a LoRA adapter") as caught:
+        gathered("run")
+    assert not hasattr(caught.value, "__notes__")
+    assert [one.left_out for one in run_of("run").checkpoints] == [None, None]
+
+
 def test_a_model_in_one_folder_and_a_run_in_another_are_refused() -> None:
     trainer_run("run/checkpoints")
     model_directory("run/final")
@@ -689,7 +711,8 @@ def test_a_broken_one_in_the_middle_is_an_error_that_names_it() -> None:
         gathered("run")
     assert str(caught.value) == "run/checkpoint-1000: holds no weights: it is empty"
     assert caught.value.__notes__ == [
-        "newer checkpoints of the run are whole; --match or --steps leaves one out"
+        "it is not the newest of its run, so not left out by itself; --match or --steps leaves it "
+        "out"
     ]
     states = [(one.left_out, one.problem) for one in run_of("run").checkpoints]
     problem = "run/checkpoint-1000: holds no weights: it is empty"
