@@ -3,12 +3,13 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ckptavg.checkpoint import Checkpoint, open_checkpoint, open_hub_checkpoint
 from ckptavg.checkpoint.folder import Folder, LocalFolder
 from ckptavg.checkpoint.hub_folder import HubFolder, names_a_file
 from ckptavg.checkpoint.position import Position, position_from_name, training_order
-from ckptavg.errors import CheckpointError, SourceError
+from ckptavg.errors import CheckpointError, IncompleteCheckpointError, SourceError
 from ckptavg.runs import Candidate, Run, find_run, in_order, mixture, settle
 from ckptavg.selection import Selection
 from ckptavg.sources import HubAccess, SingleCheckpoint, Source, expand_sources, hub_reference
@@ -37,16 +38,22 @@ def open_sources(
         HubError: If the Hub cannot be reached.
     """
     hub, selection = hub or HubAccess(), selection or Selection()
-    candidates = find_candidates(sources, hub, selection)
+    found = find_candidates(sources, hub, selection)
+    candidates = found.candidates
     try:
         open_candidates(candidates, state_key=state_key, hub=hub)
-        taken, notes = _taken(candidates, selection)
+        taken, notes = _taken(found, selection)
         checkpoints = []
         for candidate in candidates:
             if candidate.checkpoint is not None and candidate not in taken:
                 candidate.checkpoint.close()
         for candidate in taken:
             if candidate.problem is not None:
+                if isinstance(candidate.problem, IncompleteCheckpointError):
+                    candidate.problem.add_note(
+                        "it is not the newest of its run, so not left out by itself; --match or "
+                        "--steps leaves it out"
+                    )
                 raise candidate.problem
             if candidate.checkpoint is not None:
                 checkpoints.append(candidate.checkpoint)
@@ -76,9 +83,23 @@ def open_source(
     return open_checkpoint(source, state_key=state_key)
 
 
+class Found(NamedTuple):
+    """What sources stand for, as far as names tell.
+
+    Attributes:
+        candidates: Those whose names match; only those that are taken, if ``is_chosen``.
+        n_checkpoints: How many there are, those counted whose names do not match.
+        is_chosen: Whether the selection has been applied.
+    """
+
+    candidates: list[Candidate]
+    n_checkpoints: int
+    is_chosen: bool
+
+
 def find_candidates(
     sources: Source | Sequence[Source], hub: HubAccess, selection: Selection
-) -> list[Candidate]:
+) -> Found:
     """Return what sources stand for, run directories opened out, unless its name does not match.
 
     On the Hub, where every name tells its step, what the selection leaves out is left out here.
@@ -110,14 +131,11 @@ def find_candidates(
     if not matching:
         raise SourceError(f"none of {len(found)} checkpoints is called so: {selection}")
     steps = [one.position.step for one in matching]
-    if all(isinstance(one.source, HubRevision) for one in matching) and None not in steps:
-        order = in_order(matching)
-        chosen = selection.chosen(
-            [one.position.step for one in order], [one.label for one in order]
-        )
-        kept = [order[index] for index in chosen]
-        return [one for one in matching if one in kept]
-    return matching
+    if any(not isinstance(one.source, HubRevision) for one in matching) or None in steps:
+        return Found(matching, len(found), is_chosen=False)
+    _refuse_mixtures(matching)
+    kept = _chosen(matching, selection)
+    return Found([one for one in matching if one in kept], len(found), is_chosen=True)
 
 
 def open_run(
@@ -183,16 +201,13 @@ def open_candidates(
         settle(members)
 
 
-def _taken(
-    candidates: Sequence[Candidate], selection: Selection
-) -> tuple[list[Candidate], list[str]]:
+def _taken(found: Found, selection: Selection) -> tuple[list[Candidate], list[str]]:
     """Apply a selection; return what is taken, in the order typed, and notes on what is not."""
+    candidates = found.candidates
     notes: list[str] = []
     there: list[Candidate] = []  # runs from their oldest checkpoint on
+    _refuse_mixtures(candidates)
     for run, members in _by_run(candidates).items():
-        problem = mixture(members)
-        if problem is not None:
-            raise SourceError(f"{run.label}: {problem}")
         notes += [
             f"{run.label}: left out {one.name}: {one.left_out}"
             for one in members
@@ -212,15 +227,33 @@ def _taken(
             there.append(candidate)
         elif candidate.run in by_run:
             there += in_order([one for one in by_run.pop(candidate.run) if one.left_out is None])
-    by_age = in_order(there)
-    indices = selection.chosen([one.position.step for one in by_age], [one.label for one in by_age])
-    kept = [by_age[index] for index in indices]
-    if len(kept) < len(there):
+    kept = in_order(there) if found.is_chosen else _chosen(there, selection)
+    n_left_out = sum(one.left_out is not None for one in candidates)
+    if len(kept) < found.n_checkpoints - n_left_out:
+        names = kept[0].name if len(kept) == 1 else f"{kept[0].name} to {kept[-1].name}"
         notes.append(
-            f"took {len(kept)} of {len(there)} checkpoints ({selection}): "
-            f"{kept[0].name} to {kept[-1].name}"
+            f"took {len(kept)} of {found.n_checkpoints - n_left_out} checkpoints ({selection}): "
+            f"{names}"
         )
     return [one for one in there if one in kept], notes
+
+
+def _chosen(candidates: Sequence[Candidate], selection: Selection) -> list[Candidate]:
+    """Return those that a selection takes, oldest first."""
+    steps = [one.position.step for one in candidates]
+    if None in steps:
+        by_age = in_order(candidates)
+    else:  # of the same step in two runs: in the order typed
+        by_age = sorted(candidates, key=lambda one: one.position.step or 0)
+    chosen = selection.chosen([one.position.step for one in by_age], [one.label for one in by_age])
+    return [by_age[index] for index in chosen]
+
+
+def _refuse_mixtures(candidates: Sequence[Candidate]) -> None:
+    for run, members in _by_run(candidates).items():
+        problem = mixture(members)
+        if problem is not None:
+            raise SourceError(f"{run.label}: {problem}")
 
 
 def _by_run(candidates: Sequence[Candidate]) -> dict[Run, list[Candidate]]:

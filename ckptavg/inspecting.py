@@ -75,7 +75,8 @@ def _run_checkpoint(one: Candidate) -> RunCheckpoint:
         learning_rate=None if opened is None else opened.learning_rate,
         metrics={} if opened is None else dict(opened.metrics),
         nbytes=0 if opened is None else sum(info.nbytes for info in _stored(opened)),
-        left_out=one.left_out or (None if one.problem is None else str(one.problem)),
+        left_out=one.left_out,
+        problem=None if one.problem is None else str(one.problem),
     )
 
 

@@ -180,7 +180,9 @@ class RunCheckpoint:
         step, epoch: Where in training it was saved, where metadata or its name tell.
         learning_rate, metrics: What the trainer wrote of it.
         nbytes: Bytes of its weights; 0 if it cannot be opened.
-        left_out: Why it is not taken when the run is averaged; None if it is complete.
+        left_out: Why it is not taken when the run is averaged; None if it is.
+        problem: Why it cannot be read; None if it can. One that is not left out keeps the run from
+            being averaged.
     """
 
     name: str
@@ -192,6 +194,7 @@ class RunCheckpoint:
     metrics: Mapping[str, float]
     nbytes: int
     left_out: str | None
+    problem: str | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,9 @@ Told by names first; what a checkpoint says of itself once it is open wins.
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from ckptavg.checkpoint import Checkpoint, holds_weights
@@ -23,9 +25,13 @@ _UNFINISHED = re.compile(
 )
 _SHARD = re.compile(r".*-\d+-of-\d+\.\w+")
 _DEEPSPEED_STEP = re.compile(r"global_step\d+")
-# names for a checkpoint that is there under its number, too
-_SECOND_NAME = re.compile(r"(.*[-_.])?(last|latest|best|recovery|current|final)([-_.].*)?", re.I)
-_NUMBER = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?", re.IGNORECASE)
+# names for a checkpoint that is there under its number, too, and for what was made of several
+_SECOND_NAME = re.compile(
+    r"(.*[-_.])?(last|latest|best|recovery|current|final|ave|avg|average|averaged)([-_.].*)?|\D*",
+    re.IGNORECASE,
+)
+_NUMBER = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?|(?<==)-?(nan|inf)", re.IGNORECASE)
+_NOWHERE = Position(None, None)
 
 
 class Run(NamedTuple):
@@ -64,42 +70,68 @@ def _find(folder: Folder, prefix: str, depth: int) -> Run | None:
     names, others, unfinished = [], [], []
     for name in folder.names():
         is_folder = folder.is_folder(name)
-        is_step = position_from_name(name) != Position(None, None)
+        is_step = _tells_step(name)
         is_weights = not is_folder and name.endswith(WEIGHT_SUFFIXES)
         if name.startswith(".") or is_training_state(name) or _is_output(folder, name):
             continue
         if _UNFINISHED.fullmatch(name):
             unfinished += [name] if is_folder or is_weights or is_step else []
         elif is_weights:
-            names += [] if has_weights or _SHARD.fullmatch(name) else [name]
+            names += [name] if not _SHARD.fullmatch(name) and (is_step or not has_weights) else []
+        elif not is_folder and is_step and folder.leads_nowhere(name):
+            names.append(name)  # to pass over it would be to guess
         elif not is_folder or (has_weights and _DEEPSPEED_STEP.fullmatch(name)):
             continue  # what DeepSpeed keeps beside a model's own weights
         elif is_step or (not has_weights and _is_model(folder, name)):
             names.append(name)
         else:
             others.append(name)
-    if names:
-        return Run(
-            folder.label,
-            tuple(prefix + name for name in sorted(names, key=natural_order)),
-            tuple(prefix + name for name in unfinished),
-            has_weights,
-        )
-    if has_weights or depth == 0:
-        return None
-    inner = [(name, _find(folder.inside(name), f"{prefix}{name}/", depth - 1)) for name in others]
-    found = [(name, run) for name, run in inner if run is not None]
-    if len(found) > 1:
+    run = Run(
+        folder.label,
+        tuple(prefix + name for name in sorted(names, key=natural_order)),
+        tuple(prefix + name for name in unfinished),
+        has_weights,
+    )
+    if depth == 0 or _is_numbered(names) or (has_weights and folder.hub is not None):
+        return run if names else None
+    inner = _inside(folder, prefix, others, depth - 1)
+    if has_weights:  # a final model, with its run in a folder beside it
+        steps = [one for _, one in inner if any(map(_tells_step, one.names))]
+        return steps[0]._replace(label=folder.label, has_weights=True) if len(steps) == 1 else None
+    if inner and len(inner) + len(names) > 1:
+        found = [*(name for name, _ in inner), *names]
         raise SourceError(
-            f"{folder.label}: holds several runs ({', '.join(name for name, _ in found[:4])}); "
-            f"name one of them, for example {folder.label}/{found[-1][0]}"
+            f"{folder.label}: holds several runs ({', '.join(found[:4])}"
+            f"{', ...' if len(found) > 4 else ''}); name one of them, for example "
+            f"{folder.label}/{inner[-1][0]}"
         )
-    return found[0][1] if found else None
+    return inner[0][1] if inner else run if names else None
+
+
+def _inside(folder: Folder, prefix: str, names: Sequence[str], depth: int) -> list[tuple[str, Run]]:
+    """Return the folders in a folder that are runs; those that may not be listed are not."""
+    found = []
+    for name in names:
+        with suppress(PermissionError):
+            run = _find(folder.inside(name), f"{prefix}{name}/", depth)
+            found += [] if run is None else [(name, run)]
+    return found
+
+
+def _is_numbered(names: Sequence[str]) -> bool:
+    """Tell whether names are those of a run's checkpoints, rather than of single models."""
+    return any(not _SECOND_NAME.fullmatch(name.rpartition("/")[2]) for name in names)
+
+
+def _tells_step(name: str) -> bool:
+    return position_from_name(name) != _NOWHERE
 
 
 def _is_model(folder: Folder, name: str) -> bool:
     """Tell whether a folder holds weights; on the Hub that is not asked."""
-    return folder.hub is None and holds_weights(folder.inside(name))
+    with suppress(PermissionError):
+        return folder.hub is None and holds_weights(folder.inside(name))
+    return False
 
 
 def _is_output(folder: Folder, name: str) -> bool:
@@ -151,71 +183,125 @@ def settle(members: Sequence[Candidate]) -> None:
     """Decide which of the checkpoints of one run are left out, and note why in each.
 
     Those are: the newest ones that are not whole, since they are still being written or were
-    interrupted; second names, such as ``last.ckpt``, of checkpoints that are there under their
-    number.
+    interrupted; folders named after a step that hold no weights, as pictures and evaluations do;
+    second names, such as ``last.ckpt``, unless that is newer than all that have a number.
     """
-    whole = [one for one in members if one.problem is None]
-    for one in reversed(in_order(members)):
-        is_second = _SECOND_NAME.fullmatch(one.name) is not None
-        if isinstance(one.problem, IncompleteCheckpointError):
+    second = _second_names(members)
+    numbered = [one for one in members if one not in second]
+    kinds = {_kind(one.name) for one in numbered if one.problem is None}
+    for one in numbered:
+        if _is_unfinished(one) and kinds and _kind(one.name) not in kinds:
+            one.left_out = f"it is no checkpoint, as none of its kind is: {one.problem}"
+    numbered = [one for one in numbered if one.left_out is None]
+    for one in reversed(_by_age(numbered)):
+        if _is_unfinished(one):
             one.left_out = f"it is not whole: {one.problem}"
-        elif one.problem is None and _lacks_state(one, whole):
+        elif one.problem is None and _lacks_state(one, numbered):
             one.left_out = "it is not finished: it has no trainer_state.json, which the others have"
-        elif not is_second:
+        else:
             break
-    numbered = {
-        one.position: one
-        for one in whole
-        if one.left_out is None and not _SECOND_NAME.fullmatch(one.name)
-    }
-    for one in members:
-        if one.left_out is None and numbered and _SECOND_NAME.fullmatch(one.name):
-            twin = numbered.get(one.position)
-            if twin is not None:
-                one.left_out = f"it is of the same step as {twin.name}"
-            elif one.position == Position(None, None) or one.problem is not None:
-                one.left_out = "nothing tells its place in training; name it to take it"
+    there = [one for one in numbered if one.left_out is None]
+    for one in [one for one in members if there and one in second]:
+        one.left_out = _why_not(one, there)
+        if one.left_out is None:
+            there.append(one)
 
 
 def mixture(members: Sequence[Candidate]) -> str | None:
     """Say what is wrong if the checkpoints of a directory cannot all be of one run; else None."""
-    families: dict[str, list[Candidate]] = {}
+    second = _second_names(members)
+    kinds: dict[str, Candidate] = {}
     seen: dict[Position, Candidate] = {}
     for one in members:
         if one.left_out is not None:
             continue
-        if not _SECOND_NAME.fullmatch(one.name):
-            families.setdefault(_NUMBER.sub("#", one.name), []).append(one)
+        if one not in second:
+            kinds.setdefault(_kind(one.name), one)
         twin = seen.setdefault(one.position, one)
-        if twin is not one and one.position != Position(None, None):
+        if twin is not one and one.position != _NOWHERE:
             step, epoch = one.position
             where = f"step {step}" if step is not None else f"epoch {epoch}"
             return (
                 f"holds two checkpoints of {where}, {twin.name} and {one.name}: of two runs? "
-                f"choose with --match, for example --match '{_pattern(one.name)}'"
+                f"move one away, or choose with --match{_example(one, twin)}"
             )
-    if len(families) > 1:
-        (first, *_), (second, *_) = list(families.values())[:2]
+    if len(kinds) > 1:
+        one, other = list(kinds.values())[:2]
         return (
-            f"holds checkpoints of several kinds, such as {first.name} and {second.name}: of two "
-            f"runs? choose with --match, for example --match '{_pattern(first.name)}'"
+            f"holds checkpoints of several kinds, such as {one.name} and {other.name}: of two "
+            f"runs? choose with --match{_example(one, other)}, or name the files themselves"
         )
     return None
 
 
-def _pattern(name: str) -> str:
-    return _NUMBER.sub("*", name)
+def _second_names(members: Sequence[Candidate]) -> set[Candidate]:
+    """Return those whose names are second names, where others have a number."""
+    numbered = {one for one in members if not _SECOND_NAME.fullmatch(one.name)}
+    if not numbered:  # best-epoch=3.ckpt, where there is no epoch=3.ckpt
+        numbered = {one for one in members if _tells_step(one.name)}
+    return set(members) - numbered if numbered else set()
 
 
-def _lacks_state(one: Candidate, whole: Sequence[Candidate]) -> bool:
+def _by_age(members: Sequence[Candidate]) -> list[Candidate]:
+    """Return checkpoints, oldest first; by names where one cannot be asked."""
+    if all(one.checkpoint is not None for one in members):
+        return in_order(members)
+    return [members[at] for at in training_order([position_from_name(one.name) for one in members])]
+
+
+def _why_not(second: Candidate, there: Sequence[Candidate]) -> str | None:
+    """Say why a checkpoint with a second name is not taken beside those with numbers."""
+    if second.problem is not None:
+        return f"it cannot be read: {second.problem}"
+    for one in there:
+        if _is_same(one, second):
+            return f"it is the same as {one.name}"
+    for values in zip(*(one.position for one in (*there, second)), strict=True):
+        known = [value for value in values if value is not None]
+        if len(known) == len(values):
+            newest = max(range(len(there)), key=known.__getitem__)
+            if known[-1] > known[newest]:
+                return None
+            return f"it is older than {there[newest].name}; name it to take it"
+    return "nothing tells its place in training; name it to take it"
+
+
+def _is_same(one: Candidate, other: Candidate) -> bool:
+    """Tell whether two are links to the same files, or of the same step (or epoch)."""
+    if one.checkpoint is not None and other.checkpoint is not None:
+        files = [
+            [file.identity for file in each.files] for each in (one.checkpoint, other.checkpoint)
+        ]
+        if files[0] == files[1]:
+            return True
+    for value, second in zip(one.position, other.position, strict=True):
+        if value is not None and second is not None:
+            return value == second
+    return False
+
+
+def _is_unfinished(one: Candidate) -> bool:
+    return isinstance(one.problem, IncompleteCheckpointError)
+
+
+def _kind(name: str) -> str:
+    """Return what the names of one run's checkpoints have in common."""
+    return _NUMBER.sub("#", name)
+
+
+def _example(one: Candidate, other: Candidate) -> str:
+    """Return a pattern for the kind of one of two names, if it does not match the other."""
+    for name, avoided in ((one.name, other.name), (other.name, one.name)):
+        pattern = _NUMBER.sub("*", name)
+        if not fnmatchcase(avoided, pattern):
+            return f", for example --match '{pattern}'"
+    return ""
+
+
+def _lacks_state(one: Candidate, others: Sequence[Candidate]) -> bool:
     """Tell whether the newest checkpoint of a Trainer lacks what is written last."""
-    others = [other for other in whole if other is not one]
-    return (
-        bool(others)
-        and one is in_order(whole)[-1]
-        and not _has_state(one)
-        and all(map(_has_state, others))
-    )
+    rest = [other for other in others if other is not one and other.problem is None]
+    return not _has_state(one) and bool(rest) and all(map(_has_state, rest))
 
 
 def _has_state(one: Candidate) -> bool:

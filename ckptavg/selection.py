@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from ckptavg.errors import SourceError, UsageError
 
-_STEPS = re.compile(r"(\d*):(\d*)")
+_STEPS = re.compile(r"(\d{0,18}):(\d{0,18})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,16 +82,17 @@ class Selection:
             ]
         if self.every is not None:
             indices = indices[::-1][:: self.every][::-1]
+        if not indices:
+            raise SourceError(f"none of the {len(steps)} checkpoints is within {self}")
         wanted = self.last or self.first
         if wanted is not None and wanted > len(indices):
             what = "last" if self.last else "first"
-            raise SourceError(f"--{what} {wanted}: there are only {len(indices)} checkpoints")
+            there = "is only 1 checkpoint" if len(indices) == 1 else f"are only {len(indices)}"
+            raise SourceError(f"--{what} {wanted}: there {there}")
         if self.last is not None:
             indices = indices[-self.last :]
         if self.first is not None:
             indices = indices[: self.first]
-        if not indices:
-            raise SourceError(f"none of the {len(steps)} checkpoints is within {self}")
         return indices
 
     def __str__(self) -> str:
@@ -113,7 +114,7 @@ def parse_steps(text: str) -> tuple[int | None, int | None]:
         UsageError: If it is not of that form.
     """
     match = _STEPS.fullmatch(text.replace("_", ""))
-    if match is None or text == ":":
+    if match is None or not any(match.groups()):
         raise UsageError(f"'{text}' is not a range of steps such as 1000:9000 or 1000:")
     low, high = (int(part) if part else None for part in match.groups())
     return low, high

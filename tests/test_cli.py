@@ -14,6 +14,7 @@ import click
 import pytest
 import torch
 from conftest import save_checkpoint, tree
+from run_fixtures import final_model, trainer_run
 from safetensors.torch import load_file
 
 from ckptavg.cli import _COMMANDS, cli, exit_code_of, run
@@ -521,3 +522,166 @@ def test_signals_end_the_run_with_nothing_published(
     continued = f"; 100 % of the average is kept in {kept}; the same command continues it\n"
     assert (process.returncode, err) == (code, message.rstrip() + continued)
     assert kept.startswith("swa.partial-")
+
+
+# run directories
+
+RUN = """run: a run of 5 checkpoints, 3 to take
+  checkpoint       step  eval_loss       lr  size                 layout
+  checkpoint-500    500      1.002  0.00095  16 B  safetensors directory        complete
+  checkpoint-1000  1000      1.001   0.0009  16 B  safetensors directory        complete
+  checkpoint-1200  1200          -        -     -                      -  cannot be read
+  checkpoint-1500  1500    1.00067  0.00085  16 B  safetensors directory        complete
+  checkpoint-2000  2000          -        -     -                      -        left out
+  checkpoint-1200: cannot be read, run/checkpoint-1200: holds no weights: it is empty
+  checkpoint-2000: left out, it is not whole: run/checkpoint-2000/model.safetensors: is empty (0 bytes)
+  note: tmp-checkpoint-3000: its name says that it is not finished
+"""  # noqa: E501  # as the terminal shows it
+
+
+@pytest.fixture
+def broken_run(here: Path) -> None:
+    """A run with a checkpoint that is broken, and others that are still being written."""
+    trainer_run("run")
+    Path("run/checkpoint-1200").mkdir()
+    Path("run/checkpoint-2000").mkdir()
+    Path("run/checkpoint-2000/model.safetensors").touch()
+    Path("run/tmp-checkpoint-3000").mkdir()
+
+
+@pytest.mark.usefixtures("broken_run")
+def test_inspect_lists_the_checkpoints_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(capsys, "inspect", "run")
+    assert (code, out, err) == (0, RUN, "")
+    code, out, _ = call(capsys, "inspect", "run", "--last", "1", "--match", "*500")
+    assert out.splitlines()[0] == "run: a run of 1 checkpoint, 1 to take"
+    assert "checkpoint-1500" in out
+    assert "checkpoint-500" not in out
+
+
+@pytest.mark.usefixtures("broken_run")
+def test_inspect_lists_a_run_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "inspect", "run", "run/checkpoint-500", "--json")
+    assert code == 0
+    run_of_five, one = json.loads(out)
+    assert one["layout"] == "safetensors directory"
+    assert list(run_of_five) == ["source", "checkpoints", "has_weights", "notes"]
+    assert run_of_five["checkpoints"][0] == {
+        "name": "checkpoint-500",
+        "source": "run/checkpoint-500",
+        "layout": "safetensors directory",
+        "step": 500,
+        "epoch": None,
+        "learning_rate": 0.00095,
+        "metrics": {"eval_loss": 1.002},
+        "nbytes": 16,
+        "left_out": None,
+        "problem": None,
+    }
+    states = [
+        (one["left_out"] is None, one["problem"] is None) for one in run_of_five["checkpoints"]
+    ]
+    assert states == [(True, True), (True, True), (True, False), (True, True), (False, False)]
+
+
+def test_inspect_shows_a_final_model_after_its_run(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer_run("run", (500, 1000))
+    final_model("run")
+    code, out, _ = call(capsys, "inspect", "run")
+    assert code == 0
+    first, *_, model, _, _ = out.splitlines()
+    assert first == "run: a run of 2 checkpoints, 2 to take"
+    assert model.startswith("run: safetensors directory, step 1500, ")
+
+
+def test_inspect_shows_epochs_where_there_are_any(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = call(capsys, "inspect", ".")
+    assert code == 0
+    assert out == (
+        ".: a run of 3 checkpoints, 3 to take\n"
+        "  checkpoint   step  epoch  lr   size      layout\n"
+        "  epoch-9.pt      -      9   -  136 B  torch file  complete\n"
+        "  epoch-10.pt     -     10   -  136 B  torch file  complete\n"
+        "  epoch-11.pt     -     11   -  136 B  torch file  complete\n"
+    )
+
+
+def test_average_tells_what_it_took_of_a_run(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer_run("run")
+    Path("run/checkpoint-2000").mkdir()
+    code, out, err = call(capsys, "average", "run", "--last", "2", "-o", "swa")
+    assert code == 0
+    assert out.startswith("swa: average of 2 checkpoints\n")
+    assert err == (
+        "note: run: left out checkpoint-2000: it is not whole: run/checkpoint-2000: holds no "
+        "weights: it is empty\n"
+        "note: took 2 of 3 checkpoints (--last 2): checkpoint-1000 to checkpoint-1500\n"
+    )
+    code, out, err = call(capsys, "average", "run", "--last", "1", "-o", "x", "--quiet")
+    assert (code, err) == (0, "")
+    code, out, _ = call(capsys, "average", "run", "--first", "1", "-o", "y", "--dry-run")
+    assert code == 0
+    assert "  run/checkpoint-500   500 " in out
+
+
+@pytest.mark.usefixtures("broken_run")
+def test_a_broken_checkpoint_in_a_run_is_one_line_that_says_what_to_do(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, out, err = call(capsys, "average", "run", "-o", "swa")
+    assert (code, out) == (1, "")
+    assert err == (
+        "ckptavg: error: run/checkpoint-1200: holds no weights: it is empty; it is not the newest "
+        "of its run, so not left out by itself; --match or --steps leaves it out\n"
+    )
+    assert call(capsys, "average", "run", "-o", "swa", "--match", "*00", "--last", "1")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--last", "0"], "Invalid value for '--last': 0 is not in the range x>=1"),
+        (["--first", "-3"], "Invalid value for '--first': -3 is not in the range x>=1"),
+        (["--every", "0"], "Invalid value for '--every': 0 is not in the range x>=1"),
+        (["--every", "x"], "Invalid value for '--every': 'x' is not a valid integer range"),
+        (["--steps", "9"], "'9' is not a range of steps such as 1000:9000 or 1000:"),
+        (["--steps", "9:1"], "steps 9:1: the first step is after the last"),
+        (["--last", "1", "--first", "1"], "last and first exclude each other"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("command", [["average", "-o", "swa"], ["inspect"]], ids=lambda one: one[0])
+def test_a_selection_without_sense_is_wrong_usage(
+    here: Path, capsys: pytest.CaptureFixture[str], command: list[str], arguments: list[str],
+    message: str,
+) -> None:  # fmt: skip
+    code, out, err = call(capsys, *command, "epoch-9.pt", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_names_in_a_run_are_escaped(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer_run("run", (1,))
+    os.rename("run/checkpoint-1", "run/step-1\x1b[31m\n\u202e")  # noqa: PTH104  # as it is
+    Path("run/checkpoint-2\x1b[2J").mkdir()
+    for command in (["inspect", "run"], ["average", "run", "-o", "swa", "--match", "*1*"],
+                    ["average", "run", "-o", "out"]):  # fmt: skip
+        _, out, err = call(capsys, *command)
+        assert "\\x1b" in out + err
+        assert not {"\x1b", "\u202e"} & set(out + err)
+
+
+def test_a_folder_without_checkpoints_is_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("empty").mkdir()
+    for command in (["inspect", "empty"], ["average", "empty", "-o", "swa", "--last", "3"]):
+        code, out, err = call(capsys, *command)
+        assert (code, out) == (1, "")
+        assert err == "ckptavg: error: empty: holds no weights: it is empty\n"

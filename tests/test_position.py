@@ -2,7 +2,7 @@
 
 import pytest
 
-from ckptavg.checkpoint.position import Position, position_from_name
+from ckptavg.checkpoint.position import Position, position_from_name, training_order
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,26 @@ from ckptavg.checkpoint.position import Position, position_from_name
         ("ep7.pt", None, 7),
         ("model_ep7.pt", None, 7),
         ("model.ep-7.pt", None, 7),
+        ("checkpoint_3_1500.pt", 1500, 3),
+        ("checkpoint-3-1500", 1500, 3),
+        ("checkpoint_3_0.25.pt", 3, None),
+        ("checkpoint_3_1500_x.pt", 3, None),
+        ("checkpoint1.pt", 1, None),
+        ("checkpoint-12.pth.tar", 12, None),
+        ("12epoch.pth", None, 12),
+        ("12-epochs.pth", None, 12),
+        ("iter_0000100", 100, None),
+        ("model--val_loss=0.10-step=10-consumed_samples=80", 10, None),
+        ("epoch=3-step=900-v1.ckpt", 900, 3),
+        ("100.pt", 100, None),
+        ("0100.pth.tar", 100, None),
+        ("run/100", 100, None),
+        ("100.txt", None, None),
+        ("model_0009999.pth", None, None),
+        ("G_1000.pth", None, None),
+        ("recovery-0-500.pth.tar", None, None),
+        ("checkpoint_last.pt", None, None),
+        ("1000/model.safetensors", None, None),
         ("deep3.pt", None, None),
         ("steep_12.pt", None, None),
         ("model.pt", None, None),
@@ -48,3 +68,22 @@ from ckptavg.checkpoint.position import Position, position_from_name
 )
 def test_names_tell_step_and_epoch(path: str, step: int | None, epoch: int | None) -> None:
     assert position_from_name(path) == Position(step, epoch)
+
+
+@pytest.mark.parametrize(
+    ("positions", "order"),
+    [
+        ([(30, None), (4, None), (200, None)], [1, 0, 2]),
+        ([(30, 1), (4, 2)], [1, 0]),
+        ([(None, 3), (5, 1), (None, 2)], [1, 2, 0]),
+        ([(5, 3), (5, 1)], [1, 0]),
+        ([(5, None), (5, None)], [0, 1]),
+        ([(None, None), (1, None)], [0, 1]),
+        ([], []),
+    ],
+    ids=str,
+)
+def test_steps_order_before_epochs_and_the_order_given(
+    positions: list[tuple[int | None, int | None]], order: list[int]
+) -> None:
+    assert training_order([Position(*one) for one in positions]) == order

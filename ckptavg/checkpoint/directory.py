@@ -13,6 +13,7 @@ from ckptavg.checkpoint.dcp_safetensors import is_dcp_shard, open_dcp_safetensor
 from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.checkpoint.folder import (
     TORCH_SUFFIXES,
+    WEIGHT_SUFFIXES,
     Folder,
     is_plain_file_name,
     is_training_state,
@@ -73,12 +74,17 @@ def holds_weights(folder: Folder) -> bool:
     """Tell by the names in a folder whether it is a checkpoint, be it one that is not read."""
     names = folder.names()
     single = [
-        name for name in names if name.endswith(".safetensors") and not folder.is_folder(name)
+        name
+        for name in names
+        if name.endswith(WEIGHT_SUFFIXES)
+        and not is_training_state(name)
+        and not name.startswith(".")
+        and not folder.is_folder(name)
     ]
     return (
         any(folder.has(name) for names in _INDEXED for name in names[:2])
         or folder.has(METADATA_NAME)
-        or folder.has("adapter_config.json")
+        or folder.has(ADAPTER_CONFIG_NAME)
         or any(map(is_dcp_shard, names))
         or any(_SHARD.fullmatch(name) for name in names)
         or is_trainer_layout(folder, names)
@@ -106,7 +112,9 @@ def _open_weights(folder: Folder, state_key: str | None) -> StoredCheckpoint:
         return open_dcp(folder, state_key=state_key)
     if folder.has(ADAPTER_CONFIG_NAME):
         return open_adapter(folder, state_key=state_key)
-    names = [name for name in folder.names() if not folder.is_folder(name)]
+    names = [
+        name for name in folder.names() if not (name.startswith(".") or folder.is_folder(name))
+    ]
     shards = [name for name in names if is_dcp_shard(name)]
     if shards:
         return open_dcp_safetensors(folder, shards)

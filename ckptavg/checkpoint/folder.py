@@ -66,6 +66,9 @@ class Folder(Protocol):
     def is_folder(self, name: str) -> bool:
         """Tell whether that name is a folder's."""
 
+    def leads_nowhere(self, name: str) -> bool:
+        """Tell whether that name is a link to what is not there."""
+
     def size(self, name: str) -> int:
         """Return the bytes of a file; 0 for what is none."""
 
@@ -112,6 +115,10 @@ class LocalFolder:
     def is_folder(self, name: str) -> bool:
         """Tell whether it is a directory."""
         return (self.path / name).is_dir()
+
+    def leads_nowhere(self, name: str) -> bool:
+        """Tell whether it is a link to what is not there."""
+        return not (self.path / name).exists()
 
     def size(self, name: str) -> int:
         """Return the bytes of a regular file."""

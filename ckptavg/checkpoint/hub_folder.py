@@ -59,6 +59,10 @@ class HubFolder:
         """Tell whether it is a folder."""
         return name in self._entries and self._entries[name].is_folder
 
+    def leads_nowhere(self, name: str) -> bool:
+        """Tell that it is none: links of git are small files here."""
+        return False
+
     def size(self, name: str) -> int:
         """Return the bytes of a file."""
         return self._entries[name].size if name in self._entries else 0

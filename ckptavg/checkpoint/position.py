@@ -13,6 +13,10 @@ _EPOCH = re.compile(
     r"(?:(?:epoch|(?<![a-z])ep)s?[-_=]?(\d{1,18})(?!\d)|(?<!\d)(\d{1,18})[-_]?ep(?:och)?s?(?![a-z]))",
     re.IGNORECASE,
 )
+# fairseq's checkpoint_<epoch>_<updates>.pt
+_EPOCH_AND_STEP = re.compile(
+    r"(?:checkpoint|ckpt)[-_](\d{1,18})[-_](\d{1,18})(?=\.[a-z]|$)", re.IGNORECASE
+)
 _NUMBER = re.compile(r"(\d{1,18})(?:\.(?:pt|pth|ckpt|bin|tar|safetensors|npz))*", re.IGNORECASE)
 
 
@@ -27,14 +31,17 @@ def position_from_name(path: str) -> Position:
     """Read step and epoch from the last part of a path, or from the folder above a generic name.
 
     ``checkpoint-500``, ``step_1000.pt``, ``epoch=3-step=900.ckpt``, ``epoch-012.pt``,
-    ``12epoch.pth`` and a plain number such as ``1000.pt`` are understood, as is
-    ``checkpoint-500/model.safetensors``.
+    ``12epoch.pth``, ``checkpoint_<epoch>_<step>.pt`` and a plain number such as ``1000.pt`` are
+    understood, as is ``checkpoint-500/model.safetensors``.
     """
     parts = PurePath(path).parts
     number = _NUMBER.fullmatch(parts[-1]) if parts else None
     if number is not None:
         return Position(int(number[1]), None)
     for part in reversed(parts[-2:]):
+        both = _EPOCH_AND_STEP.search(part)
+        if both is not None:
+            return Position(int(both[2]), int(both[1]))
         step, epoch = _last(_STEP, part), _last(_EPOCH, part)
         if step is not None or epoch is not None:
             return Position(step, epoch)

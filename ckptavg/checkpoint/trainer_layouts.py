@@ -6,6 +6,7 @@ what to do instead.
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 
 from ckptavg.checkpoint.dcp import open_dcp
 from ckptavg.checkpoint.dcp_metadata import METADATA_NAME
@@ -180,9 +181,10 @@ def _distributed_inside(
         if is_step or _OPTIMIZER_FOLDER.fullmatch(name) or not folder.is_folder(name):
             continue
         inner = folder.inside(name)
-        shards = [one for one in inner.names() if is_dcp_shard(one)]
-        if shards or inner.has(METADATA_NAME):
-            found.append((name, inner, shards))
+        with suppress(PermissionError):  # somebody else's folder, such as lost+found
+            shards = [one for one in inner.names() if is_dcp_shard(one)]
+            if shards or inner.has(METADATA_NAME):
+                found.append((name, inner, shards))
     return found
 
 

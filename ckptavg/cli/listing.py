@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ckptavg.cli.render import size, table
 
 if TYPE_CHECKING:
-    from ckptavg.results import CheckpointInfo, RunInfo
+    from ckptavg.results import CheckpointInfo, RunCheckpoint, RunInfo
     from ckptavg.tensors import HubRevision
 
 _COMMIT_DIGITS = 12
@@ -31,22 +31,28 @@ def run_lines(info: "RunInfo") -> list[str]:
                 _number(one.learning_rate),
                 size(one.nbytes) if one.nbytes else "-",
                 one.layout or "-",
-                "complete" if one.left_out is None else "left out",
+                _state(one),
             ]
         )
-    whole = sum(one.left_out is None for one in info.checkpoints)
+    whole = sum(one.left_out is None and one.problem is None for one in info.checkpoints)
     plural = "" if len(info.checkpoints) == 1 else "s"
     lines = [
         f"{info.source}: a run of {len(info.checkpoints)} checkpoint{plural}, {whole} to take",
         *table([*header, "layout", ""], rows),
     ]
     lines += [
-        f"  {one.name}: left out, {one.left_out}"
+        f"  {one.name}: {_state(one)}, {one.left_out or one.problem}"
         for one in info.checkpoints
-        if one.left_out is not None
+        if one.left_out is not None or one.problem is not None
     ]
     lines += [f"  note: {note}" for note in info.notes]
     return lines
+
+
+def _state(one: "RunCheckpoint") -> str:
+    if one.left_out is not None:
+        return "left out"
+    return "complete" if one.problem is None else "cannot be read"
 
 
 def run_json(info: "RunInfo") -> dict[str, Any]:
