@@ -16,7 +16,7 @@ from ckptavg.checkpoint.folder import (
 from ckptavg.checkpoint.formats import open_file
 from ckptavg.checkpoint.sharded import AnyPlace
 from ckptavg.checkpoint.stored import StoredCheckpoint
-from ckptavg.checkpoint.trainer_layouts import open_trainer_layout
+from ckptavg.checkpoint.trainer_layouts import open_trainer_layout, refuse_foreign_formats
 from ckptavg.errors import CheckpointError
 from ckptavg.tensors import TensorInfo
 
@@ -94,6 +94,7 @@ def _open_weights(folder: Folder, state_key: str | None) -> StoredCheckpoint:
                 f"{label}: holds {len(others)} {kind} files ({', '.join(others[:3])}, ...) and no "
                 "index that makes them one model; name the file itself"
             )
+    refuse_foreign_formats(folder)
     raise CheckpointError(f"{label}: holds no weights{_what_it_holds(folder, names)}")
 
 

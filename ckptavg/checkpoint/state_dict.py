@@ -126,7 +126,8 @@ def _tensor_mappings(mapping: Pairs) -> list[str]:
             )
         return known[id(value), levels]
 
-    return [key for key, value in mapping.string_items() if holds_tensors(value, 1)]
+    last = dict(mapping.string_items())  # as a dict keeps it, where a key is set twice
+    return [key for key, value in last.items() if holds_tensors(value, 1)]
 
 
 def _tensor_path(mapping: Pairs, key: str) -> str:

@@ -19,6 +19,7 @@ _ZIP64_END = struct.Struct("<4sQHHIIQQQQ")
 _ENTRY = struct.Struct("<4sHHHHHHIIIHHHHHII")
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _MAX_COMMENT_BYTES = 65_535
+_TAIL_BYTES = 1024  # torch writes no comment: what is needed from the end lies here
 _MAX_DIRECTORY_BYTES = 100_000_000
 _ENCRYPTED_FLAG = 0x1
 _DESCRIPTOR_FLAG = 0x8
@@ -104,8 +105,10 @@ class ZipDirectory:
     def _find_directory(self) -> tuple[int, int, int]:
         """Return the number of entries, and position and size of the central directory."""
         size = self._file.size
-        tail_bytes = min(size, _END.size + _MAX_COMMENT_BYTES)
-        tail = self._file.read(size - tail_bytes, tail_bytes)
+        tail = self._file.read(size - min(size, _TAIL_BYTES), min(size, _TAIL_BYTES))
+        if b"PK\x05\x06" not in tail:
+            tail_bytes = min(size, _END.size + _MAX_COMMENT_BYTES)
+            tail = self._file.read(size - tail_bytes, tail_bytes)
         at = tail.rfind(b"PK\x05\x06")
         if at < 0 or len(tail) - at < _END.size:
             raise self._refuse(
@@ -114,7 +117,7 @@ class ZipDirectory:
         _, disk, first_disk, here, count, nbytes, start, comment = _END.unpack_from(tail, at)
         if len(tail) - at != _END.size + comment:
             raise self._refuse("has bytes after the end of its zip archive")
-        end = size - tail_bytes + at
+        end = size - len(tail) + at
         if disk or first_disk or here != count:
             raise self._refuse("is part of a zip archive in several files")
         if end >= _ZIP64_LOCATOR.size:
