@@ -31,16 +31,23 @@ def is_dcp_shard(name: str) -> bool:
     return _SHARD.fullmatch(name) is not None
 
 
-def open_dcp_safetensors(folder: Folder, names: Sequence[str]) -> StoredCheckpoint:
+def open_dcp_safetensors(
+    folder: Folder, names: Sequence[str], *, state_key: str | None
+) -> StoredCheckpoint:
     """Open the files of a directory that hold parts of the same tensors.
 
     Args:
         folder: The directory.
         names: The files, as ``is_dcp_shard`` finds them.
+        state_key: Refused: such files hold weights alone.
 
     Raises:
         CheckpointError: If a file is missing or damaged, or the parts do not make whole tensors.
     """
+    if state_key is not None:
+        raise CheckpointError(
+            f"{folder.label}: --state-key is for torch files, these are safetensors files"
+        )
     numbers = sorted({int(match[1]) for name in names if (match := _SHARD.fullmatch(name))})
     missing = next((at for at, number in enumerate(numbers, start=1) if at != number), None)
     if missing is not None:

@@ -81,7 +81,7 @@ def _open_weights(folder: Folder, state_key: str | None) -> StoredCheckpoint:
     names = [name for name in folder.names() if not folder.is_folder(name)]
     shards = [name for name in names if is_dcp_shard(name)]
     if shards:
-        return open_dcp_safetensors(folder, shards)
+        return open_dcp_safetensors(folder, shards, state_key=state_key)
     checkpoint = open_trainer_layout(folder, state_key=state_key)
     if checkpoint is not None:
         return checkpoint

@@ -198,7 +198,7 @@ def _inner_dcp(
         )
     _, inner, shards = found[0]
     if shards:
-        checkpoint = open_dcp_safetensors(inner, shards)
+        checkpoint = open_dcp_safetensors(inner, shards, state_key=state_key)
     else:
         checkpoint = open_dcp(inner, state_key=state_key)
     checkpoint.label = folder.label
