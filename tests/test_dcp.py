@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from checkpoint_contract import (
     DTYPES,
     CheckpointContract,
@@ -35,6 +34,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, SerializationFormat
 from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from ckptavg import average_checkpoints
 from ckptavg.checkpoint import open_checkpoint
@@ -51,9 +51,9 @@ def save_by_torch(directory: Path, content: dict[str, Any], **options: Any) -> P
         warnings.simplefilter("ignore")  # that there are no other processes
         if options:
             writer = FileSystemWriter(directory, **options)
-            dcp.save(content, storage_writer=writer, no_dist=True)
+            save(content, storage_writer=writer, no_dist=True)
         else:
-            dcp.save(content, checkpoint_id=directory, no_dist=True)
+            save(content, checkpoint_id=directory, no_dist=True)
     return directory
 
 
@@ -390,13 +390,13 @@ def test_training_state_is_never_read(tmp_path: Path, monkeypatch: pytest.Monkey
     flat: dict[str, Any] = {}
     planner: dict[str, tuple[str | int, ...]] = {}
     for name, value in WEIGHTS.items():
-        for path, content in {
+        for keys, content in {
             ("model", name): value,
             ("optimizer", "state", name, "exp_avg"): torch.ones(3000),
             ("optimizer", "state", name, "step"): torch.ones(3000),
             ("dataloader", name): bytes(9000),
         }.items():
-            flat[".".join(path)], planner[".".join(path)] = content, path
+            flat[".".join(keys)], planner[".".join(keys)] = content, keys
     files = dcp_files(flat, planner=planner)
     path = files.write(tmp_path / "run")
     (path / "__9_0.distcp").write_bytes(b"never opened")

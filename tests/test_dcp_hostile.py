@@ -512,9 +512,9 @@ def test_extensions_are_refused(tmp_path: Path) -> None:
         )
         with pytest.raises(CheckpointError, match="is compressed or encrypted by an extension"):
             open_checkpoint(path)
-    for descriptors in (None, []):
+    for none in (None, []):
         raw = saved_bytes(VALUE)
-        stored = place(FILE, 0, len(raw), transform_descriptors=descriptors)
+        stored = place(FILE, 0, len(raw), transform_descriptors=none)
         assert same_content(
             open_checkpoint(written(tmp_path, one_part(stored=stored), raw)), {"w": VALUE}
         )
