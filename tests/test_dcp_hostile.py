@@ -430,6 +430,11 @@ def content(*shapes: tuple[int, ...]) -> bytes:
             " of shape [4, 2] has a part of shape [8] at [0, 0], which lies outside it",
         ),
         (
+            (8, 1),
+            [((0, 0), (8,))],
+            " of shape [8, 1] has a part of shape [8] at [0, 0], which lies outside it",
+        ),
+        (
             (),
             [((0,), (1,))],
             " of shape [] has a part of shape [1] at [0], which lies outside it",
@@ -446,7 +451,7 @@ def content(*shapes: tuple[int, ...]) -> bytes:
             "unfinished",
         ),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_parts_that_do_not_make_the_tensor_are_refused(
     tmp_path: Path, shape: tuple[int, ...], boxes: Any, what: str
@@ -512,7 +517,8 @@ def test_extensions_are_refused(tmp_path: Path) -> None:
         )
         with pytest.raises(CheckpointError, match="is compressed or encrypted by an extension"):
             open_checkpoint(path)
-    for none in (None, []):
+    nothing: tuple[Any, ...] = (None, [])
+    for none in nothing:
         raw = saved_bytes(VALUE)
         stored = place(FILE, 0, len(raw), transform_descriptors=none)
         assert same_content(
