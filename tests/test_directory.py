@@ -141,7 +141,7 @@ def test_several_safetensors_files_without_an_index_are_refused(tmp_path: Path) 
     refused(
         tmp_path,
         ": holds 4 safetensors files (a.safetensors, b.safetensors, c.safetensors, ...) and no "
-        "model.safetensors.index.json; name the file itself",
+        "index that makes them one model; name the file itself",
     )
 
 
@@ -194,36 +194,48 @@ def test_a_full_model_beside_an_adapter_is_what_is_read(tmp_path: Path) -> None:
     ]
 
 
-def test_a_distributed_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_several_torch_files_without_an_index_are_refused(tmp_path: Path) -> None:
+    for name in ("epoch1.pth", "epoch2.pth"):
+        torch.save(TENSORS, tmp_path / name)
+    refused(
+        tmp_path,
+        ": holds 2 torch files (epoch1.pth, epoch2.pth, ...) and no index that makes them one "
+        "model; name the file itself",
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["model.pt", "epoch=3-step=900.ckpt", "weights.bin", "best.pth.tar"]
+)
+def test_a_single_torch_file_is_taken_beside_training_state(tmp_path: Path, name: str) -> None:
+    torch.save({"state_dict": TENSORS, "global_step": 900}, tmp_path / name)
+    for state in ("optimizer.pt", "scheduler.bin", "rng_state_0.pth", "training_args.bin"):
+        torch.save({"x": torch.ones(1)}, tmp_path / state)
+    checkpoint = open_checkpoint(tmp_path)
+    assert (checkpoint.layout, checkpoint.step) == ("torch directory", 900)
+    assert same_content(checkpoint, TENSORS)
+
+
+def test_a_distributed_checkpoint_is_read_but_never_run(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     (tmp_path / "__0_0.distcp").touch()
     refused(
         tmp_path,
-        ": is a torch.distributed.checkpoint directory, which is not read yet; convert it with: "
-        "python -m torch.distributed.checkpoint.format_utils dcp_to_torch",
+        "/.metadata: needs Python code 'os.system', which is never run; save the weights alone "
+        "(torch.save(model.state_dict(), ...)) and average those files",
     )
 
 
 def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path, ": holds no weights: it is empty")
     (tmp_path / "config.json").write_text("{}")
     refused(
         tmp_path,
         ": holds no weights (looked for model.safetensors, pytorch_model.bin, their sharded forms, "
-        "model.pt)",
+        "and .metadata)",
     )
-
-
-def test_a_run_directory_names_the_checkpoints_inside(tmp_path: Path) -> None:
-    for step in (500, 1000, 1500):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    what = f": holds no weights itself, but 3 checkpoints; name them, for example: {tmp_path}/"
-    refused(tmp_path, what + "checkpoint-*")
-    files = tmp_path / "files"
-    files.mkdir()
-    for epoch in (1, 2):
-        (files / f"epoch{epoch}.pth").touch()
-    what = f": holds no weights itself, but 2 checkpoints; name them, for example: {files}/"
-    refused(files, what + "*.pth")
+    (tmp_path / "optimizer.pt").touch()
+    refused(tmp_path, ": holds no weights, only the state of a training (optimizer.pt)")
 
 
 def test_a_directory_that_cannot_be_listed_is_refused(

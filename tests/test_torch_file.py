@@ -648,6 +648,20 @@ def test_one_mapping_under_many_names_is_searched_once(tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
+def test_a_key_that_is_set_twice_has_its_last_value(tmp_path: Path) -> None:
+    twice = [(text("model"), mapping({"old": tensor()}))]
+    for last, names in (
+        (mapping({"w": tensor()}), ["w"]),
+        (tensor(), ["model"]),
+        (number(3), ["w"]),
+    ):
+        pairs = [*twice, (text("model"), last)]
+        if last == number(3):
+            pairs.append((text("net"), mapping({"w": tensor()})))
+        path = written(tmp_path, torch_bytes(mapping(pairs)))
+        assert list(open_checkpoint(path).tensors) == names
+
+
 def test_deep_nesting_is_refused(tmp_path: Path) -> None:
     depth = 100_000
     content = b"}" + (text("model") + b"}") * depth + b"s" * depth

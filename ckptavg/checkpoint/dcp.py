@@ -7,7 +7,8 @@ files; each part is a small torch file of its own.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ckptavg.checkpoint.dcp_metadata import METADATA_NAME, DcpMetadata, StoredPart
+from ckptavg.checkpoint.dcp_metadata import METADATA_NAME, DcpMetadata, StoredPart, part_key
+from ckptavg.checkpoint.dcp_safetensors import part_offsets
 from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.checkpoint.folder import Folder
 from ckptavg.checkpoint.pickle_values import Pairs, Storage, TensorView
@@ -81,7 +82,7 @@ class _Files:
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
         self.opened: dict[str, ReadableFile] = {}
-        self._headers: dict[str, SafetensorsHeader | None] = {}
+        self._headers: dict[str, tuple[SafetensorsHeader, dict[str, tuple[int, ...]]] | None] = {}
 
     def open(self, stored: StoredPart) -> _Range:
         name = stored.file_name
@@ -105,13 +106,17 @@ class _Files:
         for name, edges in ranges.items():
             self.opened[name].prefetch(edges)
 
-    def place(self, stored: StoredPart, name: str, info: TensorInfo) -> Place:
+    def place(
+        self, stored: StoredPart, name: str, first: tuple[int, ...], info: TensorInfo
+    ) -> Place:
         """Read the headers of a part, and return where its elements are in its file."""
         found = self.open(stored)
-        header = self._safetensors_header(stored)
+        parts = self._safetensors_parts(stored)
         known, place = None, Place(found.file, 0)
-        if header is not None:
-            known = header.tensors.get(name)
+        if parts is not None:
+            header, offsets = parts
+            # one name has one part in a file, even where the process held several
+            known = header.tensors.get(name) if offsets.get(name) == first else None
             place = Place(found.file, header.offsets.get(name, 0))
         else:
             archive = TorchZip(found)
@@ -128,15 +133,20 @@ class _Files:
             )
         return place
 
-    def _safetensors_header(self, stored: StoredPart) -> SafetensorsHeader | None:
-        """Return the header of a file that holds all its parts in the safetensors format.
+    def _safetensors_parts(
+        self, stored: StoredPart
+    ) -> tuple[SafetensorsHeader, dict[str, tuple[int, ...]]] | None:
+        """Return the header of a file in the safetensors format, and where its parts begin.
 
         ``FileSystemWriter(serialization_format=SerializationFormat.SAFETENSORS)`` writes them.
         """
         name, file = stored.file_name, self.opened[stored.file_name]
         if name not in self._headers:
             head = file.read(0, min(file.size, 9))
-            self._headers[name] = read_header(file) if head[8:] == b"{" else None
+            self._headers[name] = None
+            if head[8:] == b"{":
+                header = read_header(file)
+                self._headers[name] = header, part_offsets(header, file.label)
         return self._headers[name]
 
     def close(self) -> None:
@@ -168,7 +178,7 @@ def open_dcp(folder: Folder, *, state_key: str | None) -> StoredCheckpoint:
                 f"{label}: has {file.size} bytes, at most {_MAX_METADATA_BYTES} are allowed"
             )
         metadata = DcpMetadata(file.read(0, file.size), label)
-        root = _nested(metadata)
+        root = _nested(metadata, label)
         state_dict, notes = find_state_dict(root, state_key, folder.label)
         names = {}
         left_out = []
@@ -203,8 +213,10 @@ def _placed(
     """Find the parts of every tensor; ``names`` are the model's -> the metadata's."""
     wanted = []
     for name, saved_name in names.items():
-        for first, _ in metadata.saved[saved_name].parts:
-            stored = metadata.stored.get((saved_name, first))
+        for first, shape in metadata.saved[saved_name].parts:
+            if 0 in shape:
+                continue
+            stored = metadata.stored.get(part_key(saved_name, first))
             if stored is None:
                 raise CheckpointError(f"{label}: a part of tensor '{name}' is stored nowhere")
             wanted.append(stored)
@@ -220,8 +232,8 @@ def _placed(
         parts = []
         for first, shape in saved.parts:
             if 0 not in shape:
-                stored = metadata.stored[saved_name, first]
-                place = files.place(stored, saved_name, TensorInfo(saved.dtype, shape))
+                stored = metadata.stored[part_key(saved_name, first)]
+                place = files.place(stored, saved_name, first, TensorInfo(saved.dtype, shape))
                 parts.append(Part(first, shape, place))
         what = f"{label}: tensor '{name}'"
         if info.numel or parts:
@@ -232,11 +244,14 @@ def _placed(
     return tensors, places
 
 
-def _nested(metadata: DcpMetadata) -> Pairs:
+def _nested(metadata: DcpMetadata, label: str) -> Pairs:
     """Return what was saved as mappings in mappings, as the pickle of a torch file gives it.
 
     The path to every entry is what the planner noted (``planner_data``); where it did not, the
     first part of a name counts if it sets training state apart, or all weights have it.
+
+    Raises:
+        CheckpointError: If a tensor takes the place of something else.
     """
     paths = metadata.paths
     if not paths:
@@ -251,19 +266,34 @@ def _nested(metadata: DcpMetadata) -> Pairs:
             apart = bool(rest) and (whole or is_training_state(head))
             paths[name] = (head, rest) if apart else (name,)
     root = Pairs()
-    inner: dict[tuple[str, ...], Pairs] = {(): root}
+    taken: dict[tuple[int, str], Any] = {}  # mapping and key -> what is there
+
+    def put(mapping: Pairs, path: tuple[str, ...], key: str, value: Any) -> None:
+        if type(taken.get((id(mapping), key))) is TensorView or (
+            type(value) is TensorView and (id(mapping), key) in taken
+        ):
+            raise CheckpointError(
+                f"{label}: is damaged: '{'.'.join(path)}' is not the only entry in its place"
+            )
+        taken[id(mapping), key] = value
+        mapping.items.append((key, value))
+
     for name, saved in metadata.saved.items():
         path = paths.get(name, (name,))
-        for depth in range(1, len(path)):
-            if path[:depth] not in inner:
-                inner[path[:depth]] = Pairs()
-                inner[path[: depth - 1]].items.append((path[depth - 1], inner[path[:depth]]))
+        mapping = root
+        for key in path[:-1]:
+            inner = taken.get((id(mapping), key))
+            if type(inner) is not Pairs:
+                inner = Pairs()
+                put(mapping, path, key, inner)
+            mapping = inner
         value: Any = None
         if saved.dtype is not None:
             numel = TensorInfo(saved.dtype, saved.shape).numel
             storage = Storage(name, saved.dtype, numel)
             value = TensorView(storage, saved.dtype, 0, saved.shape, row_major_strides(saved.shape))
-        inner[path[:-1]].items.append((path[-1], value))
+        if value is not None or (id(mapping), path[-1]) not in taken:
+            put(mapping, path, path[-1], value)
     return root
 
 
@@ -276,16 +306,17 @@ def _state_number(metadata: DcpMetadata, files: _Files, keys: Sequence[str]) -> 
             by_key.setdefault(path[-1], name)
     for key in keys:
         name = by_key.get(key, "")
-        stored = metadata.stored.get((name, ()))
+        stored = metadata.stored.get(part_key(name, ()))
         if stored is None or stored.nbytes > _MAX_STATE_BYTES:
             continue
         found = files.open(stored)
         try:
-            value = TorchZip(found).root
+            archive = TorchZip(found)
         except CheckpointError:  # written in another way: not known
             continue
+        value = archive.root
         if type(value) is TensorView and value.dtype.kind == "integer" and value.shape == ():
-            place = place_view(found, TorchZip(found), name, value)
+            place = place_view(found, archive, name, value)
             raw = found.read(place.offset, value.dtype.itemsize)
             value = int.from_bytes(raw, "little", signed=True)
         if type(value) is int and 0 <= value < _MAX_SIZE:

@@ -10,13 +10,16 @@ from typing import Any
 from ckptavg.checkpoint.folder import is_plain_file_name
 from ckptavg.checkpoint.pickle_values import Inert, Name, Pairs
 from ckptavg.checkpoint.pickles import read_pickle
+from ckptavg.checkpoint.sharded import MAX_PARTS
 from ckptavg.errors import CheckpointError
 from ckptavg.tensors import DTYPE_BY_NAME, DType
 
 METADATA_NAME = ".metadata"
 _MAX_DIMENSIONS = 64
 _MAX_SIZE = 2**63
-_MAX_DEPTH = 64
+_MAX_DEPTH = 16
+_MAX_ALL_PARTS = 1_000_000  # many tensors may share one list of them
+_MAX_FIELDS = 64
 
 _MODULE = "torch.distributed.checkpoint.metadata"
 _ROOTS = (
@@ -49,11 +52,12 @@ class DcpMetadata:
     Attributes:
         saved: Name -> entry.
         paths: Name -> the keys that lead to it in what was saved, where the file tells.
-        stored: Name and first index of a part -> where it lies.
+        stored: ``part_key`` of a part -> where it lies.
     """
 
     def __init__(self, raw: bytes, label: str) -> None:
         self._label = label
+        self._n_parts = 0
         root = read_pickle(raw, label)
         if type(root) is not Inert or root.name not in _ROOTS:
             raise self._damaged("it does not hold checkpoint metadata")
@@ -66,12 +70,12 @@ class DcpMetadata:
         if type(planned) is Pairs:
             for name, path in planned.string_items():
                 if type(path) is tuple and 0 < len(path) <= _MAX_DEPTH:
-                    self.paths[name] = tuple(map(_key, path))
-        self.stored: dict[tuple[str, tuple[int, ...]], StoredPart] = {}
+                    self.paths[name] = tuple(map(self._key, path))
+        self.stored: dict[tuple[str, str], StoredPart] = {}
         for index, info in self._pairs(root, "storage_data").items:
             offset = _field(index, "offset")
             first = () if offset is None else self._numbers(offset)
-            self.stored[self._text(_field(index, "fqn")), first] = self._stored(info)
+            self.stored[part_key(self._text(_field(index, "fqn")), first)] = self._stored(info)
 
     def _saved(self, name: str, value: Any) -> SavedEntry:
         if type(value) is not Inert:
@@ -83,20 +87,28 @@ class DcpMetadata:
         chunks = _field(value, "chunks")
         if type(chunks) is not list:
             raise self._damaged(f"'{name}' has no list of parts")
-        parts = (
-            (self._numbers(_field(one, "offsets")), self._numbers(_field(one, "sizes")))
-            for one in chunks
-        )
+        self._n_parts += len(chunks)
+        if len(chunks) > MAX_PARTS or self._n_parts > _MAX_ALL_PARTS:
+            raise CheckpointError(
+                f"{self._label}: '{name}' is saved in {len(chunks)} parts; at most {MAX_PARTS} of "
+                f"a tensor work, {_MAX_ALL_PARTS} of all"
+            )
+        parts: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        for one in chunks:  # replicas that were saved more than once are listed so
+            first = self._numbers(_field(one, "offsets"))
+            shape = self._numbers(_field(one, "sizes"))
+            parts[f"{first} {shape}"] = first, shape
         return SavedEntry(
             self._dtype(name, _field(value, "properties")),
             self._numbers(_field(value, "size")),
-            tuple(dict.fromkeys(parts)),
+            tuple(parts.values()),
         )
 
     def _dtype(self, name: str, properties: Any) -> DType:
         told = properties.state if type(properties) is Inert else None
         first = told[0] if type(told) is tuple and told else _field(properties, "dtype")
-        found = DTYPE_BY_NAME.get(first.attribute) if type(first) is Name else None
+        is_torch = type(first) is Name and first.module == "torch"
+        found = DTYPE_BY_NAME.get(first.attribute) if is_torch else None
         if found is None:
             raise self._damaged(f"'{name}' has no dtype that is known")
         return found
@@ -130,6 +142,9 @@ class DcpMetadata:
             raise self._damaged("a name is not valid Unicode") from error
         return value
 
+    def _key(self, value: Any) -> str:
+        return str(value) if type(value) is int else self._text(value)
+
     def _numbers(self, value: Any) -> tuple[int, ...]:
         if type(value) not in (tuple, list) or len(value) > _MAX_DIMENSIONS:
             raise self._damaged("a shape is not a tuple of sizes")
@@ -141,11 +156,17 @@ class DcpMetadata:
         return CheckpointError(f"{self._label}: is damaged: {what}")
 
 
-def _key(value: Any) -> str:
-    return str(value) if type(value) is int else value if type(value) is str else ""
+def part_key(name: str, first: tuple[int, ...]) -> tuple[str, str]:
+    """Return what a part is found by: its tensor's name and its first index, as text.
+
+    Python's hashes of integers are no secret: a file could choose many that collide.
+    """
+    return name, str(first)
 
 
 def _field(owner: Any, name: str) -> Any:
     """Return a field of an instance that the pickle describes; None if it has no such field."""
     state = owner.state if type(owner) is Inert else None
-    return state.get(name) if type(state) is Pairs else None
+    if type(state) is not Pairs or len(state.items) > _MAX_FIELDS:
+        return None
+    return state.get(name)

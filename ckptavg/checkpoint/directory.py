@@ -23,7 +23,11 @@ from ckptavg.checkpoint.formats import open_file
 from ckptavg.checkpoint.position import Position, position_from_name
 from ckptavg.checkpoint.sharded import AnyPlace
 from ckptavg.checkpoint.stored import StoredCheckpoint
-from ckptavg.checkpoint.trainer_layouts import is_trainer_layout, open_trainer_layout
+from ckptavg.checkpoint.trainer_layouts import (
+    is_trainer_layout,
+    open_trainer_layout,
+    refuse_foreign_formats,
+)
 from ckptavg.checkpoint.trainer_state import add_trainer_state
 from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 from ckptavg.tensors import TensorInfo
@@ -117,7 +121,7 @@ def _open_weights(folder: Folder, state_key: str | None) -> StoredCheckpoint:
     ]
     shards = [name for name in names if is_dcp_shard(name)]
     if shards:
-        return open_dcp_safetensors(folder, shards)
+        return open_dcp_safetensors(folder, shards, state_key=state_key)
     checkpoint = open_trainer_layout(folder, state_key=state_key)
     if checkpoint is not None:
         return checkpoint
@@ -142,6 +146,7 @@ def _open_weights(folder: Folder, state_key: str | None) -> StoredCheckpoint:
             f"{label}: holds parts of a distributed checkpoint, but no {METADATA_NAME}, which is "
             "written last"
         )
+    refuse_foreign_formats(folder)
     raise IncompleteCheckpointError(f"{label}: holds no weights{_what_it_holds(folder, names)}")
 
 

@@ -1,5 +1,6 @@
 """Which format one file has, told by its first bytes, never by its name."""
 
+from ckptavg.checkpoint.dcp_safetensors import refuse_part
 from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.checkpoint.foreign import foreign_format
 from ckptavg.checkpoint.npz_file import is_npz, open_npz_file
@@ -44,8 +45,12 @@ def open_safetensors_file(file: ReadableFile) -> StoredCheckpoint:
 
     Names that ``safetensors.torch.save_model`` dropped as tied are declared as aliases: it
     records ``dropped name -> kept name`` in the metadata.
+
+    Raises:
+        CheckpointError: If it is broken, or holds parts of tensors.
     """
     header = read_header(file)
+    refuse_part(header, file)
     aliases = {
         dropped: kept
         for dropped, kept in header.metadata.items()

@@ -12,7 +12,7 @@ from ckptavg.checkpoint.strided import blocks, is_row_major, read_box
 from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 from ckptavg.tensors import TensorInfo
 
-_MAX_PARTS = 100_000
+MAX_PARTS = 100_000
 _MAX_CELLS = 10_000_000
 
 
@@ -107,8 +107,10 @@ def assembled(info: TensorInfo, parts: Sequence[Part], what: str) -> AnyPlace:
     Raises:
         CheckpointError: If the parts do not cover the tensor, each element once.
     """
-    if len(parts) > _MAX_PARTS:
-        raise CheckpointError(f"{what} is saved in {len(parts)} parts, at most {_MAX_PARTS} work")
+    if len(parts) > MAX_PARTS:
+        raise CheckpointError(f"{what} is saved in {len(parts)} parts, at most {MAX_PARTS} work")
+    if info.dtype.bits % 8:
+        raise CheckpointError(f"{what} is of {info.dtype}, whose elements are no whole bytes")
     parts = sorted((part for part in parts if prod(part.shape)), key=lambda part: part.first)
     _check_cover(info, parts, what)
     if not parts:
@@ -133,7 +135,7 @@ def _is_run(whole: tuple[int, ...], part: tuple[int, ...]) -> bool:
 def _check_cover(info: TensorInfo, parts: Sequence[Part], what: str) -> None:
     """Check that parts cover a tensor without overlap: on the grid that their edges draw."""
     for part in parts:
-        if len(part.first) != len(info.shape) or any(
+        if not len(part.first) == len(part.shape) == len(info.shape) or any(
             begin < 0 or begin + size > whole
             for begin, size, whole in zip(part.first, part.shape, info.shape, strict=True)
         ):
@@ -141,20 +143,21 @@ def _check_cover(info: TensorInfo, parts: Sequence[Part], what: str) -> None:
                 f"{what} of shape {list(info.shape)} has a part of shape {list(part.shape)} at "
                 f"{list(part.first)}, which lies outside it"
             )
-    cells: list[dict[int, int]] = []  # for each axis: edge -> its number
+    cells: list[tuple[int, dict[int, int]]] = []  # axes that are cut: edge -> its number
     for axis in range(len(info.shape)):
         edges = {part.first[axis] for part in parts}
         edges |= {part.first[axis] + part.shape[axis] for part in parts}
-        cells.append({edge: number for number, edge in enumerate(sorted(edges))})
-    sizes = [max(len(numbers) - 1, 1) for numbers in cells]
+        if len(edges) > 2:  # numpy has fewer axes than a tensor may have
+            cells.append((axis, {edge: number for number, edge in enumerate(sorted(edges))}))
+    sizes = [len(numbers) - 1 for _, numbers in cells]
     if prod(sizes) > _MAX_CELLS:
         raise CheckpointError(f"{what} is saved in {len(parts)} parts that form no grid")
     covered = np.zeros((*sizes, 1), dtype=bool)
     for part in parts:
         inside = covered[
             tuple(
-                slice(numbers[begin], numbers[begin + size])
-                for numbers, begin, size in zip(cells, part.first, part.shape, strict=True)
+                slice(numbers[part.first[axis]], numbers[part.first[axis] + part.shape[axis]])
+                for axis, numbers in cells
             )
         ]
         if inside.any():

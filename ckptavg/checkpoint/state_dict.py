@@ -128,10 +128,9 @@ def _tensor_mappings(mapping: Pairs) -> list[str]:
             )
         return known[id(value), levels]
 
+    last = dict(mapping.string_items())  # as a dict keeps it, where a key is set twice
     return [
-        key
-        for key, value in mapping.string_items()
-        if holds_tensors(value, 1) and not is_training_state(key)
+        key for key, value in last.items() if holds_tensors(value, 1) and not is_training_state(key)
     ]
 
 

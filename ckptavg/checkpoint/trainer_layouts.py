@@ -5,8 +5,10 @@ what to do instead.
 """
 
 import re
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import PurePosixPath
 
 from ckptavg.checkpoint.dcp import open_dcp
 from ckptavg.checkpoint.dcp_metadata import METADATA_NAME
@@ -20,13 +22,13 @@ from ckptavg.errors import CheckpointError
 ACCELERATE_FSDP_FILE = "pytorch_model_fsdp.bin"
 _DEEPSPEED_WEIGHTS = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _DEEPSPEED_ZERO3 = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
-_DEEPSPEED_OTHER = re.compile(r"layer_\d+.*_states\.pt")
+_DEEPSPEED_OTHER = re.compile(r"(layer|expert)_\d+.*_states\.pt")
 _DEEPSPEED_STEP = re.compile(r"global_step\d+")
 _OPTIMIZER_FOLDER = re.compile(r"optim.*", re.IGNORECASE)
 _MEGATRON_RANK = re.compile(r"mp_rank_\d{2,}(_\d{3,})*")
 
 # what a directory is whose names match, and what to do
-_REFUSED: tuple[tuple[re.Pattern[str], str], ...] = (
+_PARTS: tuple[tuple[re.Pattern[str], str], ...] = (
     (
         _MEGATRON_RANK,
         "holds Megatron-LM's model-parallel shards ({name}), which only Megatron can put together; "
@@ -44,6 +46,8 @@ _REFUSED: tuple[tuple[re.Pattern[str], str], ...] = (
         re.compile(r"consolidated\.0[1-9]\.pth"),
         "holds model-parallel shards ({name}); convert them to the Hugging Face format",
     ),
+)
+_FOREIGN_FORMATS = (
     (
         re.compile(r".*\.gguf"),
         "holds a GGUF model ({name}), quantised for inference; average the original checkpoints",
@@ -93,11 +97,26 @@ def open_trainer_layout(folder: Folder, *, state_key: str | None) -> StoredCheck
         checkpoint = recognise(folder, names, state_key)
         if checkpoint is not None:
             return checkpoint
-    for pattern, what in _REFUSED:
+    _refuse(_PARTS, folder, names)
+    return None
+
+
+def refuse_foreign_formats(folder: Folder) -> None:
+    """Refuse a directory that holds weights in a format that is not read, and in no other.
+
+    Raises:
+        CheckpointError: If it does.
+    """
+    _refuse(_FOREIGN_FORMATS, folder, folder.names())
+
+
+def _refuse(
+    refused: Sequence[tuple[re.Pattern[str], str]], folder: Folder, names: Sequence[str]
+) -> None:
+    for pattern, what in refused:
         found = [name for name in names if pattern.fullmatch(name)]
         if found:
             raise CheckpointError(f"{folder.label}: {what.format(name=found[0])}")
-    return None
 
 
 def _deepspeed(
@@ -110,20 +129,18 @@ def _deepspeed(
     ZeRO-3 every process writes files of its own, and ``module`` holds empty tensors.
     """
     steps = [name for name in names if _DEEPSPEED_STEP.fullmatch(name) and folder.is_folder(name)]
-    inner, prefix, root = folder, "", folder.label
+    inner, prefix = folder, ""
     if steps:
-        if len(steps) > 1:
-            return None  # a run, not a checkpoint
-        inner, prefix = folder.inside(steps[0]), f"{steps[0]}/"
+        tag = _latest(folder) or (steps[0] if len(steps) == 1 else "")
+        if tag not in steps:
+            return None  # several, and nothing says which: a run, not a checkpoint
+        inner, prefix = folder.inside(tag), f"{tag}/"
         names = inner.names()
-    else:
-        root = folder.label.rpartition("/")[0] or "."
     if any(map(_DEEPSPEED_ZERO3.fullmatch, names)):
-        tag = prefix.rstrip("/") or folder.label.rpartition("/")[2]
         raise CheckpointError(
             f"{folder.label}: is a DeepSpeed ZeRO-3 checkpoint, whose weights lie in the optimizer "
-            f"files of all processes; put them together first: python {root}/zero_to_fp32.py "
-            f"{root} {root} --safe_serialization -t {tag}"
+            f"files of all processes; put them together first: "
+            f"{_zero_to_fp32(folder.label, prefix.rstrip('/'))}"
         )
     ranks = [name for name in names if _DEEPSPEED_WEIGHTS.fullmatch(name)]
     parts = [name for name in names if _DEEPSPEED_OTHER.fullmatch(name)]
@@ -147,6 +164,33 @@ def _deepspeed(
     return checkpoint
 
 
+def _zero_to_fp32(label: str, tag: str) -> str:
+    """Return the command that puts ZeRO-3 weights together.
+
+    Args:
+        label: The directory that was opened.
+        tag: The folder in it with the files; empty if it is that folder itself.
+    """
+    outer = PurePosixPath(label)
+    if not tag:
+        tag = outer.name
+        outer = outer.parent if _DEEPSPEED_STEP.fullmatch(tag) else outer / ".."
+    option = f" -t {tag}" if _DEEPSPEED_STEP.fullmatch(tag) else ""  # else what `latest` says
+    root, script = shlex.quote(str(outer)), shlex.quote(str(outer / "zero_to_fp32.py"))
+    return f"python {script} {root} {root} --safe_serialization{option}"
+
+
+def _latest(folder: Folder) -> str | None:
+    """Return what DeepSpeed's file ``latest`` says."""
+    if not folder.has("latest") or folder.is_folder("latest") or folder.size("latest") > 4096:
+        return None
+    file = folder.open("latest", f"{folder.label}/latest")
+    try:
+        return file.read(0, file.size).decode("utf-8", "replace").strip()
+    finally:
+        file.close()
+
+
 def _inner_dcp(
     folder: Folder, names: Sequence[str], state_key: str | None
 ) -> StoredCheckpoint | None:
@@ -164,7 +208,7 @@ def _inner_dcp(
         )
     _, inner, shards = found[0]
     if shards:
-        checkpoint = open_dcp_safetensors(inner, shards)
+        checkpoint = open_dcp_safetensors(inner, shards, state_key=state_key)
     else:
         checkpoint = open_dcp(inner, state_key=state_key)
     checkpoint.label = folder.label

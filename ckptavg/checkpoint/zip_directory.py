@@ -122,7 +122,7 @@ class ZipDirectory:
         _, disk, first_disk, here, count, nbytes, start, comment = _END.unpack_from(tail, at)
         if len(tail) - at != _END.size + comment:
             raise self._refuse("has bytes after the end of its zip archive")
-        end = size - tail_bytes + at
+        end = size - len(tail) + at
         if disk or first_disk or here != count:
             raise self._refuse("is part of a zip archive in several files")
         if end >= _ZIP64_LOCATOR.size:
