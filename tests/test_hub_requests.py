@@ -158,7 +158,7 @@ def test_the_same_files_in_two_revisions_are_pointed_out(
         (f"{REPO}@step1/other.safetensors", "hf_test",
          f"{REPO}@step1/other.safetensors: no such file on the Hub"),
         (f"{REPO}@main", "hf_test", f"{REPO}@main: holds no weights (looked for model.safetensors, "
-         "pytorch_model.bin and their sharded forms)"),
+         "pytorch_model.bin, their sharded forms, and .metadata)"),
     ],
 )  # fmt: skip
 def test_what_may_not_be_read_is_one_line_that_says_what_to_do(
