@@ -114,7 +114,7 @@ def test_sharing_and_cycles_are_kept() -> None:
     [
         {1, 2}, frozenset({1}), Counter("aab"), deque([1]), SimpleNamespace(a=1), 1 + 2j,
         datetime(2024, 5, 17), date(2024, 5, 17), timedelta(1), PurePosixPath("a/b"), Path("a"),
-        np.float64(1.5), np.arange(3), np.dtype("f4"), torch.Size([1]), torch.device("cpu"),
+        np.float64(1.5), np.arange(3), np.dtype("f4"), torch.device("cpu"),
         torch.float32, torch.int8, slice(1, 2), range(3), int, dict, bytes(3), bytearray(3),
     ],
     ids=lambda value: type(value).__name__,
@@ -123,6 +123,12 @@ def test_sharing_and_cycles_are_kept() -> None:
 def test_harmless_classes_become_inert(value: Any, protocol: int) -> None:
     found = read_pickle(pickle.dumps([value], protocol), "w.pt")[0]
     assert type(found) in (Inert, Name, bytes)
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_a_size_is_a_tuple(protocol: int) -> None:
+    assert read_pickle(pickle.dumps([torch.Size([1, 2])], protocol), "w.pt") == [(1, 2)]
+    assert value_of(b"ctorch\nSize\n(](K\x01etR") == Inert("torch.Size")
 
 
 def test_the_state_of_a_namespace_is_kept_as_a_mapping() -> None:
