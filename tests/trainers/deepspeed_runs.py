@@ -43,6 +43,7 @@ def train(directory: str, names: list[str]) -> None:
     import deepspeed
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ first
     for name in names:
         stage, is_bf16 = RUNS[name]
         config: dict[str, Any] = {

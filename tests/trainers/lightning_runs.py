@@ -99,6 +99,7 @@ def train(directory: str, name: str) -> None:
         strategy=ModelParallelStrategy(PROCESSES, 1) if sharded else "auto",
         callbacks=[*(kind() for kind in RUNS[name]), checkpoints],
         enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
+        use_distributed_sampler=False,  # else each process has BatchNorm statistics of its own
     )  # fmt: skip
     data = TensorDataset(torch.randn(48, 6), torch.arange(48) % 3)
     trainer.fit(Classifier(), DataLoader(data, batch_size=8), DataLoader(data, batch_size=16))
