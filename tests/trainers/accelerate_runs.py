@@ -4,7 +4,6 @@
 """
 
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -120,9 +119,8 @@ def train(directory: str, name: str) -> None:
 
 def main(directory: str, names: list[str]) -> None:
     """Make the runs, each in processes of its own."""
-    Path(directory, "truth").mkdir(parents=True, exist_ok=True)
     for name in names or RUNS:
-        shutil.rmtree(Path(directory, name), ignore_errors=True)
+        truth.clear(directory, name)
         size = PROCESSES if name in FSDP else 1
         processes.start(size, train, directory, name)
 

@@ -4,7 +4,6 @@
 """
 
 import pickle
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -261,11 +260,10 @@ def train(directory: str, names: list[str]) -> None:
 
 def main(directory: str, names: list[str]) -> None:
     """Start the processes that the runs need."""
-    Path(directory, "truth").mkdir(parents=True, exist_ok=True)
     for size in (4, 2):
         runs = [name for name in names or RUNS if PROCESSES[RUNS[name][0]] == size]
         for name in runs:
-            shutil.rmtree(Path(directory, name), ignore_errors=True)
+            truth.clear(directory, name)
         if runs:
             processes.start(size, train, directory, runs)
 

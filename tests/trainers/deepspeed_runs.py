@@ -4,7 +4,6 @@
 """
 
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,10 +80,9 @@ def train(directory: str, names: list[str]) -> None:
 
 def main(directory: str, names: list[str]) -> None:
     """Make the runs."""
-    Path(directory, "truth").mkdir(parents=True, exist_ok=True)
     names = names or list(RUNS)
     for name in names:
-        shutil.rmtree(Path(directory, name), ignore_errors=True)
+        truth.clear(directory, name)
     processes.start(PROCESSES, train, directory, names)
 
 

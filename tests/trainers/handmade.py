@@ -9,7 +9,6 @@ no line of them has run. Every run holds three steps.
 import io
 import json
 import pickle
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -90,9 +89,8 @@ RUNS: dict[str, Callable[[Mapping[str, Tensor], Path, int], Path]] = {
 
 def main(directory: str, names: list[str]) -> None:
     """Train once, and save each checkpoint in every layout."""
-    Path(directory, "truth").mkdir(parents=True, exist_ok=True)
     for name in names or RUNS:
-        shutil.rmtree(Path(directory, name), ignore_errors=True)
+        truth.clear(directory, name)
     model = tiny.build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     for step in range(1, STEPS[-1] + 1):

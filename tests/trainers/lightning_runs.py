@@ -3,7 +3,6 @@
 ``python -m trainers.lightning_runs DIRECTORY [RUN ...]``
 """
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -107,9 +106,8 @@ def train(directory: str, name: str) -> None:
 
 def main(directory: str, names: list[str]) -> None:
     """Make the runs, the sharded one in processes of its own."""
-    Path(directory, "truth").mkdir(parents=True, exist_ok=True)
     for name in names or RUNS:
-        shutil.rmtree(Path(directory, name), ignore_errors=True)
+        truth.clear(directory, name)
         if name == "sharded":
             processes.start(PROCESSES, train, directory, name)
         else:

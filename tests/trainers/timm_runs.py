@@ -6,7 +6,6 @@
 import argparse
 import importlib.abc
 import importlib.machinery
-import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -87,10 +86,7 @@ def train(run: Path) -> None:
 
 def main(directory: str) -> None:
     """Make the run."""
-    Path(directory, "truth").mkdir(parents=True, exist_ok=True)
-    run = Path(directory, "timm")
-    shutil.rmtree(run, ignore_errors=True)
-    train(run)
+    train(truth.clear(directory, "timm"))
 
 
 if __name__ == "__main__":

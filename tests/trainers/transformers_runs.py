@@ -4,7 +4,6 @@
 """
 
 import copy
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -131,10 +130,8 @@ def train(run: Path) -> None:
 
 def main(directory: str, names: list[str]) -> None:
     """Make the runs."""
-    Path(directory, "truth").mkdir(parents=True, exist_ok=True)
     for name in names or RUNS:
-        shutil.rmtree(Path(directory, name), ignore_errors=True)
-        train(Path(directory, name))
+        train(truth.clear(directory, name))
 
 
 if __name__ == "__main__":

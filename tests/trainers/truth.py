@@ -1,6 +1,7 @@
 """The true weights of a made checkpoint, kept outside of the run that holds it."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -23,6 +24,15 @@ class Saved:
     path: Path
     step: int
     weights: dict[str, Tensor]
+
+
+def clear(directory: str, run: str) -> Path:
+    """Remove a run made before and its truth, and return where to make it anew."""
+    folder = Path(directory, "truth")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (Path(directory, run), folder / run):
+        shutil.rmtree(path, ignore_errors=True)
+    return Path(directory, run)
 
 
 def write(
