@@ -27,14 +27,19 @@ class Place(NamedTuple):
     also: tuple[TensorPlan, ...]
 
 
-def refuse_too_large(plan: AveragePlan, memory_budget_bytes: int) -> None:
+def refuse_too_large(plan: AveragePlan, memory_budget_bytes: int, reading_nbytes: int) -> None:
     """Refuse groups that do not fit the memory, before anything is read.
+
+    Args:
+        plan: What will be done.
+        memory_budget_bytes: Upper bound for the host memory of all buffers.
+        reading_nbytes: How much of it reading ahead takes.
 
     Raises:
         MemoryBudgetError: Saying which, and what it needs.
     """
     for group in plan.derived.groups:
-        needed = _FIXED_NBYTES + group.working_nbytes + plan.read_scratch_nbytes
+        needed = _FIXED_NBYTES + group.working_nbytes + plan.read_scratch_nbytes + reading_nbytes
         if needed > memory_budget_bytes:
             raise MemoryBudgetError(
                 f"a memory budget of {memory_budget_bytes} bytes is too small: averaging "

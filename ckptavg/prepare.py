@@ -141,7 +141,6 @@ def prepared_average(
             raise UsageError(
                 "the BatchNorm pass runs a whole model, and these are adapters: leave --model out"
             )
-        refuse_too_large(plan, memory_budget_bytes)
         workspace = _workspace(
             plan,
             choose_device(
@@ -223,6 +222,7 @@ def _workspace(
         reading_nbytes = hub.connection.fit(most, n_streams, max(streamed))
         if n_threads is None:
             n_threads = 1 if device == "cpu" else min(n_streams, _MAX_STREAM_READERS)
+    refuse_too_large(plan, memory_budget_bytes, reading_nbytes)
     try:
         workspace = size_workspace(
             plan,

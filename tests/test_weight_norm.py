@@ -402,6 +402,24 @@ def test_what_does_not_fit_the_memory_is_refused(tmp_path: Path) -> None:
         average(tmp_path, [trained(make, 0), trained(make, 1)], memory_budget_bytes=16 * 2**20)
 
 
+def test_the_fingerprint_does_not_depend_on_how_paths_are_typed(tmp_path: Path) -> None:
+    found: set[str] = set()
+    for case in (WEIGHT_NORMED, SPECTRAL_NORMED):
+        states = [trained(case["linear"], seed).state_dict() for seed in range(2)]
+        paths = [
+            save_checkpoint(tmp_path / f"{len(found)}{n}", one, "torch")
+            for n, one in enumerate(states)
+        ]
+        prints = {
+            plan_average(
+                [open_checkpoint(path, label=f"{kind}{path.name}") for path in paths], Recipe()
+            ).fingerprint
+            for kind in ("", "./")
+        }
+        assert len(prints) == 1
+        found |= prints
+
+
 def test_what_is_read_is_what_was_said(tmp_path: Path) -> None:
     layers = [
         nn.Sequential(*(trained(make, seed) for make in SPECTRAL_NORMED.values()))

@@ -436,6 +436,7 @@ def test_provenance_tells_how_the_output_was_made(tmp_path: Path) -> None:
         "averaged": 1,
         "averaged_dtypes": {"float32 to bfloat16": 1},
         "copied": ["n"],
+        "derived": {},
         "tied": {},
         "differing": {"taken_from": str(paths[1]), "names": ["n"]},
     }

@@ -7,7 +7,7 @@ checkpoints may differ in sign alone, so their mean means nothing: they are comp
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
@@ -51,7 +51,7 @@ class SpectralNormGroup:
     right: str
     infos: tuple[TensorInfo, TensorInfo, TensorInfo]
     dims: tuple[int, ...]
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] = field(repr=False)  # how paths are typed changes no plan
     kind: str = "spectral_norm"
 
     @property

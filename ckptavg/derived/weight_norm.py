@@ -6,7 +6,7 @@ and direction of the mean weight, since v counts by its length, which means noth
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -37,7 +37,7 @@ class WeightNormGroup:
     direction: str
     magnitude_info: TensorInfo
     direction_info: TensorInfo
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] = field(repr=False)  # how paths are typed changes no plan
     kind: str = "weight_norm"
 
     @property
