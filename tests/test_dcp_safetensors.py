@@ -209,17 +209,18 @@ def test_a_file_of_whole_tensors_may_say_so(tmp_path: Path) -> None:
     assert same_content(open_checkpoint(path / "model.safetensors"), TENSORS)
 
 
-def test_the_consolidated_weights_win(tmp_path: Path) -> None:
+def test_the_parts_win_over_what_torch_put_together(tmp_path: Path) -> None:
+    """torch's consolidation writes 0 for every tensor without dimensions."""
     tensors = {name: value for name, value in TENSORS.items() if value.is_floating_point()}
+    tensors["scale"] = torch.tensor(1.5)
     save_by_torch(tmp_path, tensors, enable_consolidation=True)  # which fails for integers
-    assert {path.name for path in tmp_path.iterdir()} >= {
-        "sharded",
-        "model-00001-of-00001.safetensors",
-    }
-    (tmp_path / "sharded" / FIRST).write_bytes(b"damaged, and not looked at")
+    whole = tmp_path / "model-00001-of-00001.safetensors"
+    whole.write_bytes(b"damaged, and not looked at")
     checkpoint = open_checkpoint(tmp_path)
-    assert checkpoint.layout == "sharded safetensors directory"
+    assert checkpoint.layout == "torch.distributed.checkpoint safetensors directory"
+    assert checkpoint.label == str(tmp_path)
     assert same_content(checkpoint, tensors)
+    assert any("rather than what torch put together" in note for note in checkpoint.notes)
 
 
 def test_a_single_consolidated_file_beside_the_parts_wins(shards: Path) -> None:

@@ -179,11 +179,11 @@ def test_a_state_key_reaches_the_folder(tmp_path: Path) -> None:
 
 
 def test_several_distributed_checkpoints_are_a_choice(tmp_path: Path) -> None:
-    for name in ("step-1", "step-2", "step-3", "step-4"):
+    for name in ("actor", "critic", "reference", "reward"):
         save_dcp(tmp_path / name, WEIGHTS)
     refused(
         tmp_path,
-        ": holds 4 distributed checkpoints (step-1, step-2, step-3, ...); name one of them",
+        ": holds 4 distributed checkpoints (actor, critic, reference, ...); name one of them",
     )
 
 

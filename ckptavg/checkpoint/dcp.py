@@ -5,6 +5,7 @@ files; each part is a small torch file of its own.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ckptavg.checkpoint.dcp_metadata import METADATA_NAME, DcpMetadata, StoredPart, part_key
@@ -23,11 +24,13 @@ from ckptavg.checkpoint.state_dict import (
     some,
 )
 from ckptavg.checkpoint.stored import StoredCheckpoint
-from ckptavg.checkpoint.torch_file import place_view
+from ckptavg.checkpoint.torch_file import add_training_facts, place_view
 from ckptavg.checkpoint.torch_zip import TorchZip
 from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 from ckptavg.tensors import TensorInfo
 
+_FACTS_NAMES = ("meta.pt", "common.pt")
+_MAX_FACTS_BYTES = 64 * 2**20
 LAYOUT = "torch.distributed.checkpoint directory"
 _MAX_METADATA_BYTES = 256 * 2**20
 _MAX_SIZE = 2**63
@@ -195,7 +198,7 @@ def open_dcp(folder: Folder, *, state_key: str | None) -> StoredCheckpoint:
     except BaseException:
         files.close()
         raise
-    return StoredCheckpoint(
+    checkpoint = StoredCheckpoint(
         label=folder.label,
         layout=LAYOUT,
         tensors=tensors,
@@ -205,6 +208,18 @@ def open_dcp(folder: Folder, *, state_key: str | None) -> StoredCheckpoint:
         epoch=epoch,
         notes=notes,
     )
+    _add_facts_beside(checkpoint, folder)
+    return checkpoint
+
+
+def _add_facts_beside(checkpoint: StoredCheckpoint, folder: Folder) -> None:
+    """Read what Lightning and Megatron save once, in a torch file beside the parts."""
+    for name in _FACTS_NAMES:
+        if folder.has(name) and 0 < folder.size(name) <= _MAX_FACTS_BYTES:
+            file = folder.open(name, f"{folder.label}/{name}")
+            with suppress(CheckpointError):  # it is not needed, and Megatron's may name its code
+                add_training_facts(checkpoint, file, TorchZip(file))
+            file.close()
 
 
 def _placed(
@@ -248,7 +263,8 @@ def _nested(metadata: DcpMetadata, label: str) -> Pairs:
     """Return what was saved as mappings in mappings, as the pickle of a torch file gives it.
 
     The path to every entry is what the planner noted (``planner_data``); where it did not, the
-    first part of a name counts if it sets training state apart, or all weights have it.
+    first part of a name counts if all weights have it. Names at the top whose first part sets
+    training state apart, such as ``optimizer.``, are put into a mapping of that name.
 
     Raises:
         CheckpointError: If a tensor takes the place of something else.
@@ -263,8 +279,11 @@ def _nested(metadata: DcpMetadata, label: str) -> Pairs:
         whole = len(heads) == 1 and heads <= set(WEIGHT_KEYS)
         for name in metadata.saved:
             head, _, rest = name.partition(".")
-            apart = bool(rest) and (whole or is_training_state(head))
-            paths[name] = (head, rest) if apart else (name,)
+            paths[name] = (head, rest) if rest and whole else (name,)
+    for name, path in list(paths.items()):
+        head, _, rest = path[0].partition(".")
+        if len(path) == 1 and rest and is_training_state(head):  # Megatron's optimizer
+            paths[name] = (head, rest)
     root = Pairs()
     taken: dict[tuple[int, str], Any] = {}  # mapping and key -> what is there
 

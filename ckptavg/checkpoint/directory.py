@@ -27,6 +27,7 @@ from ckptavg.checkpoint.trainer_layouts import (
     is_trainer_layout,
     open_trainer_layout,
     refuse_foreign_formats,
+    sharded_originals,
 )
 from ckptavg.checkpoint.trainer_state import add_trainer_state
 from ckptavg.errors import CheckpointError, IncompleteCheckpointError
@@ -100,6 +101,9 @@ def holds_weights(folder: Folder) -> bool:
 
 def _open_weights(folder: Folder, state_key: str | None) -> StoredCheckpoint:
     label = folder.label
+    originals = sharded_originals(folder)
+    if originals is not None:
+        return originals
     for index_name, single_name, layout in _INDEXED:
         # a link that leads nowhere is there, too: to pass over it would be to guess
         has_index, has_single = folder.has(index_name), folder.has(single_name)

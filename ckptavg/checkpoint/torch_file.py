@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ckptavg.checkpoint.files import ReadableFile
-from ckptavg.checkpoint.pickle_values import Storage, TensorView, Unsupported
+from ckptavg.checkpoint.pickle_values import Pairs, Storage, TensorView, Unsupported
 from ckptavg.checkpoint.sharded import Place
 from ckptavg.checkpoint.state_dict import (
     EPOCH_KEYS,
@@ -93,7 +93,26 @@ def open_torch_file(
         owners.setdefault(identity, name)
     if left_out:
         notes.append(f"left out, not tensors: {some(left_out)}")
-    root = archive.root  # a mapping: the weights were found in it
+    checkpoint = StoredCheckpoint(
+        label=file.label,
+        layout="torch file",
+        tensors=tensors,
+        places=places,
+        open_files=[file],
+        aliases=aliases,
+        notes=notes,
+    )
+    add_training_facts(checkpoint, file, archive)
+    return checkpoint
+
+
+def add_training_facts(
+    checkpoint: StoredCheckpoint, file: ReadableFile, archive: TorchArchive
+) -> None:
+    """Take over what a torch file tells of the training and is not known yet."""
+    root = archive.root
+    if type(root) is not Pairs:
+        return
 
     def read_scalar(view: TensorView) -> float | None:
         """Read what a trainer measured: a few bytes."""
@@ -104,19 +123,13 @@ def open_torch_file(
             return None
         return float(widened(np.frombuffer(raw, np.uint8), view.dtype, FLOAT64)[0])
 
-    return StoredCheckpoint(
-        label=file.label,
-        layout="torch file",
-        tensors=tensors,
-        places=places,
-        open_files=[file],
-        aliases=aliases,
-        step=first_integer(root, STEP_KEYS),
-        epoch=first_integer(root, EPOCH_KEYS),
-        learning_rate=learning_rate(root),
-        metrics=metrics(root, read_scalar),
-        notes=notes,
-    )
+    if checkpoint.step is None:
+        checkpoint.step = first_integer(root, STEP_KEYS)
+    if checkpoint.epoch is None:
+        checkpoint.epoch = first_integer(root, EPOCH_KEYS)
+    if checkpoint.learning_rate is None:
+        checkpoint.learning_rate = learning_rate(root)
+    checkpoint.metrics = {**metrics(root, read_scalar), **checkpoint.metrics}
 
 
 def place_view(file: ReadableFile, archive: TorchArchive, name: str, view: TensorView) -> Place:

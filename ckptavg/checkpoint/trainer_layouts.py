@@ -19,6 +19,7 @@ from ckptavg.checkpoint.position import Position, position_from_name
 from ckptavg.checkpoint.stored import StoredCheckpoint
 from ckptavg.errors import CheckpointError
 
+_SHARDED = "sharded"
 ACCELERATE_FSDP_FILE = "pytorch_model_fsdp.bin"
 _DEEPSPEED_WEIGHTS = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _DEEPSPEED_ZERO3 = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
@@ -81,6 +82,28 @@ def is_trainer_layout(folder: Folder, names: Sequence[str]) -> bool:
         or (len(steps) == 1 and ("latest" in names or "trainer_state.json" in names))
         or bool(_distributed_inside(folder, names))
     )
+
+
+def sharded_originals(folder: Folder) -> StoredCheckpoint | None:
+    """Open what ``HuggingFaceStorageWriter(enable_consolidation=True)`` put together, in parts.
+
+    It leaves the parts in ``sharded/`` beside the whole files; torch 2.13 writes 0 for every tensor
+    without dimensions into those, so the parts are what is read.
+    """
+    if not folder.is_folder(_SHARDED):
+        return None
+    inner = folder.inside(_SHARDED)
+    shards = [name for name in inner.names() if is_dcp_shard(name)]
+    if not shards:
+        return None
+    checkpoint = open_dcp_safetensors(inner, shards, state_key=None)
+    checkpoint.label = folder.label
+    checkpoint.notes = [
+        *checkpoint.notes,
+        f"read the parts in {_SHARDED}/ rather than what torch put together: it loses tensors "
+        "without dimensions",
+    ]
+    return checkpoint
 
 
 def open_trainer_layout(folder: Folder, *, state_key: str | None) -> StoredCheckpoint | None:
