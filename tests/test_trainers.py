@@ -4,10 +4,12 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import float64_mean
 from trainers import truth
 from trainers.checks import assert_mean, averaged
 
-from ckptavg import CheckpointError, inspect_checkpoint
+from ckptavg import CheckpointError, average_checkpoints, inspect_checkpoint
 
 MAKERS = {
     "transformers_runs": ("transformers", "accelerate", "peft"),
@@ -117,7 +119,20 @@ def test_an_optimizer_alone_is_no_model(made: dict[str, Path], tmp_path: Path) -
         averaged([each.path / "optimizer_0" for each in saved], tmp_path / "out")
 
 
-def test_adapters_are_refused(made: dict[str, Path], tmp_path: Path) -> None:
-    saved = truth.read(runs_of("transformers_runs", made), "lora")
-    with pytest.raises(CheckpointError, match="LoRA adapter"):
-        averaged([each.path for each in saved], tmp_path / "out")
+@pytest.mark.filterwarnings("ignore")  # of the libraries
+def test_an_adapter_is_averaged_to_the_mean_of_the_merged_weights(
+    made: dict[str, Path], tmp_path: Path
+) -> None:
+    runs = runs_of("transformers_runs", made)
+    saved = truth.read(runs, "lora")
+    average_checkpoints(saved[0].path.parent, tmp_path / "out")
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(runs / "lora-base")
+    merged = PeftModel.from_pretrained(base, tmp_path / "out").merge_and_unload().state_dict()
+    each = [one.weights for one in truth.read(runs, "lora-merged")]
+    assert each[0].keys() == merged.keys()
+    for name, value in merged.items():
+        expected = float64_mean([weights[name] for weights in each])
+        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-7)

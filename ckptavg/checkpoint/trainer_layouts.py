@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from ckptavg.checkpoint.dcp import open_dcp
 from ckptavg.checkpoint.dcp_metadata import METADATA_NAME
 from ckptavg.checkpoint.dcp_safetensors import is_dcp_shard, open_dcp_safetensors
-from ckptavg.checkpoint.folder import Folder
+from ckptavg.checkpoint.folder import WEIGHT_SUFFIXES, Folder
 from ckptavg.checkpoint.formats import open_file
 from ckptavg.checkpoint.position import Position, position_from_name
 from ckptavg.checkpoint.stored import StoredCheckpoint
@@ -245,7 +245,10 @@ def _distributed_inside(
     found = []
     for name in names:
         is_step = position_from_name(name) != Position(None, None)
-        if is_step or _OPTIMIZER_FOLDER.fullmatch(name) or not folder.is_folder(name):
+        is_file_of_a_run = name.endswith(WEIGHT_SUFFIXES)  # Lightning's last.ckpt/
+        if is_step or is_file_of_a_run or _OPTIMIZER_FOLDER.fullmatch(name):
+            continue
+        if not folder.is_folder(name):
             continue
         inner = folder.inside(name)
         with suppress(PermissionError):  # somebody else's folder, such as lost+found
