@@ -7,6 +7,7 @@ import numpy as np
 
 from ckptavg.average import Sink
 from ckptavg.average.chunks import nonfinite_error, overflow_error
+from ckptavg.average.cpu import FIXED_NBYTES
 from ckptavg.average.floats import decode_to_float64, encode_from_float64, is_nonfinite
 from ckptavg.blocks import Action, TensorPlan
 from ckptavg.checkpoint import Checkpoint
@@ -16,8 +17,7 @@ from ckptavg.errors import MemoryBudgetError
 from ckptavg.plan import AveragePlan
 from ckptavg.tensors import Piece
 
-# code, headers and plan, as of the engine; and what a part is rounded with
-_FIXED_NBYTES = 3_500 * 1024 + 8 * 8 * PART_NUMEL
+_FIXED_NBYTES = FIXED_NBYTES + 8 * 8 * PART_NUMEL  # of the engine; what a part is rounded with
 
 
 class Place(NamedTuple):

@@ -299,15 +299,17 @@ def test_parts_of_a_model_in_a_folder_beside_it_are_no_run() -> None:
     assert gathered("model") == (["model"], [])  # nothing says that one of two is meant
 
 
-def test_adapters_are_refused_without_a_word_on_what_is_newer() -> None:
+def test_adapters_of_which_none_has_weights_are_no_run_to_take() -> None:
     trainer_run("run", (1, 2))
     for step in (1, 2):
         Path(f"run/checkpoint-{step}/model.safetensors").unlink()
         text(f"run/checkpoint-{step}/adapter_config.json", "{}")
-    with pytest.raises(CheckpointError, match="^run/checkpoint-1: holds a LoRA adapter") as caught:
-        gathered("run")
-    assert not hasattr(caught.value, "__notes__")
-    assert [one.left_out for one in run_of("run").checkpoints] == [None, None]
+    refused(
+        "run",
+        "run: holds no checkpoint to take: run: left out checkpoint-2: it is not whole: "
+        "run/checkpoint-2: holds adapter_config.json, but neither adapter_model.safetensors nor "
+        "adapter_model.bin",
+    )
 
 
 def test_a_model_in_one_folder_and_a_run_in_another_are_refused() -> None:
