@@ -19,6 +19,7 @@ from ckptavg.cli.options import (
     selection_options,
 )
 from ckptavg.cli.render import echo_json, echo_lines
+from ckptavg.errors import UsageError
 
 _EPILOG = """\b
 Examples:
@@ -67,6 +68,8 @@ def command(
             if run is not None:
                 values.append(run_json(run))
                 lines += run_lines(run)
+            elif selection.is_given:
+                raise UsageError(f"{selection} selects from run directories, {source} is none")
             if run is not None and not run.has_weights:
                 continue
             info = inspect_checkpoint(found, state_key=state_key)
