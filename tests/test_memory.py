@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from dcp_files import cut, save_dcp
 from memory_probe import WATCH
 from safetensors.torch import save_file
 
@@ -120,6 +121,19 @@ def test_a_torch_file_is_written_within_the_same_budget(
         memory_budget_bytes=BUDGET_MB * MB, output_format="torch",
     )  # fmt: skip
     assert (tmp_path / "out/model.pt").stat().st_size > CHECKPOINT_MB * MB
+    assert found.host_nbytes <= found.promised_max_host_nbytes <= BUDGET_MB * MB
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("axis", [0, 1])
+def test_sharded_tensors_are_averaged_within_the_budget(tmp_path: Path, axis: int) -> None:
+    """torch puts the whole model together in memory first."""
+    paths = []
+    for index in range(2):
+        paths.append(tmp_path / f"step-{index}")
+        tensors = {f"layer.{n}.weight": torch.randn(3000, 4000) for n in range(4)}  # 48 MB each
+        save_dcp(paths[-1], tensors, lambda _, value: cut(value.shape, axis, [800, 1500, 2200]))
+    found = measured(paths, tmp_path / "out", memory_budget_bytes=BUDGET_MB * MB)
     assert found.host_nbytes <= found.promised_max_host_nbytes <= BUDGET_MB * MB
 
 
