@@ -10,7 +10,7 @@ from ckptavg.checkpoint.folder import Folder, LocalFolder
 from ckptavg.checkpoint.hub_folder import HubFolder, names_a_file
 from ckptavg.checkpoint.position import Position, position_from_name, training_order
 from ckptavg.errors import CheckpointError, IncompleteCheckpointError, SourceError
-from ckptavg.runs import Candidate, Run, find_run, in_order, mixture, settle
+from ckptavg.runs import Candidate, Run, find_run, in_order, mark_followed, mixture, settle
 from ckptavg.selection import Selection
 from ckptavg.sources import HubAccess, SingleCheckpoint, Source, expand_sources, hub_reference
 from ckptavg.tensors import HubRevision
@@ -115,9 +115,9 @@ def find_candidates(
     runs: dict[str | HubRevision, Run | None] = {}
     if on_hub:  # several at once; what is named after a step is a checkpoint, not a run
         asked = [one for one in on_hub if position_from_name(_last_part(one)).step is None]
-        hub.connection.map(lambda one: runs.update({one: _find_run(one, hub)}), asked)
+        hub.connection.map(lambda one: runs.update({one: find_run_of(one, hub)}), asked)
     for source in expanded:
-        run = runs.get(source) if isinstance(source, HubRevision) else _find_run(source, hub)
+        run = runs.get(source) if isinstance(source, HubRevision) else find_run_of(source, hub)
         if run is not None and run.has_weights and not selection.is_given:
             raise SourceError(
                 f"{run.label}: holds weights of its own and {len(run.names)} checkpoints inside; "
@@ -128,6 +128,7 @@ def find_candidates(
             continue
         found += _members(run, source)
     matching = [one for one in found if selection.matches(one.name)]
+    mark_followed(matching, [one for one in found if not selection.matches(one.name)])
     if not matching:
         raise SourceError(f"none of {len(found)} checkpoints is called so: {selection}")
     steps = [one.position.step for one in matching]
@@ -148,7 +149,7 @@ def open_run(
         HubError: If the Hub cannot be reached.
     """
     found = expand_sources(source, hub)
-    run = _find_run(found[0], hub) if len(found) == 1 else None
+    run = find_run_of(found[0], hub) if len(found) == 1 else None
     if run is None:
         return None
     members = _members(run, found[0])
@@ -264,7 +265,13 @@ def _by_run(candidates: Sequence[Candidate]) -> dict[Run, list[Candidate]]:
     return runs
 
 
-def _find_run(source: str | HubRevision, hub: HubAccess) -> Run | None:
+def find_run_of(source: str | HubRevision, hub: HubAccess) -> Run | None:
+    """Return the run that a directory is; None if it is none.
+
+    Raises:
+        SourceError: If it holds several.
+        CheckpointError: If it may not be listed.
+    """
     if isinstance(source, SingleCheckpoint):
         return None
     try:
@@ -315,8 +322,26 @@ def _duplicates(checkpoints: Sequence[Checkpoint]) -> list[str]:
         others = {holders[one] for one in identity if one in holders}
         shared += [(checkpoint.label, other) for other in sorted(others)]
         holders |= dict.fromkeys(identity, checkpoint.label)
+    notes += _same_steps(checkpoints)
     if shared:
         one, other = shared[0]
         more = f", as do {len(shared) - 1} more pairs" if len(shared) > 1 else ""
         notes.append(f"{one} and {other} have weight files in common{more}: were they trained?")
     return notes
+
+
+def _same_steps(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Point out checkpoints of one step: copies, as Lightning's ``last.ckpt``, or other runs."""
+    first: dict[int, Checkpoint] = {}
+    notes = []
+    for checkpoint in checkpoints:
+        if checkpoint.step is None:
+            continue
+        other = first.setdefault(checkpoint.step, checkpoint)
+        files = [{file.identity for file in one.files} for one in (checkpoint, other)]
+        if other is not checkpoint and files[0] != files[1]:
+            notes.append(
+                f"{checkpoint.label} and {other.label} are both of step {checkpoint.step}: is one "
+                "a copy, or are these two runs?"
+            )
+    return notes if len(notes) < 2 else [notes[0], f"{len(notes) - 1} more share a step"]

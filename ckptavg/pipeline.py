@@ -13,7 +13,7 @@ from pathlib import Path
 from ckptavg._version import __version__
 from ckptavg.average import DEFAULT_MEMORY_BUDGET_BYTES
 from ckptavg.errors import UsageError
-from ckptavg.gathering import open_source
+from ckptavg.gathering import find_run_of, open_source
 from ckptavg.hub import natural_order
 from ckptavg.inspecting import checkpoint_info, run_info
 from ckptavg.memory import peak_device_bytes, peak_host_bytes
@@ -272,6 +272,12 @@ def recompute_bn(
     found = expand_sources(source)
     if len(found) != 1:
         raise UsageError(f"{source}: names {len(found)} checkpoints, expected one model")
+    run = find_run_of(found[0], HubAccess())
+    if run is not None and not run.has_weights and len(run.names) > 1:
+        raise UsageError(
+            f"{source}: is a run of {len(run.names)} checkpoints; name one of them, or average "
+            "them with --model and --data"
+        )
     # the average of one checkpoint is that checkpoint
     return average_checkpoints(
         [SingleCheckpoint(one) if isinstance(one, str) else one for one in found],

@@ -298,11 +298,7 @@ def plan_average(
         names=tuple(reference.tensors),
         tensors=tensors,
         shards=shards,
-        metadata={
-            name: owner
-            for name, owner in reference.metadata.items()
-            if reference.aliases.get(name) == owner
-        },
+        metadata=_declared_ties(reference, output_format),
         read_scratch_nbytes=max(checkpoint.read_scratch_nbytes for checkpoint in checkpoints),
         notes=tuple(dict.fromkeys(plan_notes)),
         derived=derived,
@@ -323,6 +319,24 @@ def check_format(output_format: OutputFormat, max_shard_bytes: int | None) -> No
             "a torch file is never split: leave out max_shard_bytes (--max-shard-size), or write "
             "safetensors"
         )
+
+
+def _declared_ties(reference: Checkpoint, output_format: OutputFormat) -> dict[str, str]:
+    """Return the tied names that the output does not store but declares, each with its owner.
+
+    A state dict has all names of a model, those that only its config tells included.
+    """
+    if output_format == "torch":
+        return {
+            name: owner
+            for name, owner in reference.aliases.items()
+            if name not in reference.tensors
+        }
+    return {
+        name: owner
+        for name, owner in reference.metadata.items()
+        if reference.aliases.get(name) == owner
+    }
 
 
 def _outputs(recipe: Recipe, n_checkpoints: int) -> tuple[OutputPlan, ...]:

@@ -165,6 +165,7 @@ def prepared_average(
                 if one.folder is not None and one.hub is None
             ],
         )
+        derived_from = [earlier_provenance(one) for one in checkpoints]
         side_files, inherited_cards, side_notes = [], [], dict[str, None]()
         for one in plan.outputs:
             folder = checkpoints[one.row.used[-1]].folder
@@ -192,9 +193,14 @@ def prepared_average(
             strip_prefixes=tuple(strip_prefixes),
             keep_prefix=keep_prefix,
             hub=hub,
-            derived_from=[earlier_provenance(one) for one in checkpoints],
+            derived_from=derived_from,
             inherited_cards=inherited_cards,
-            notes=(*side_notes, *_batchnorm_due(plan, batchnorm), *_fetched(hub)),
+            notes=(
+                *_averages_among(checkpoints, derived_from),
+                *side_notes,
+                *_batchnorm_due(plan, batchnorm),
+                *_fetched(hub),
+            ),
         )
     finally:
         hub.cancel()
@@ -356,6 +362,18 @@ def _changed(path: str, nbytes: int, mtime_ns: int) -> str | None:
     except OSError:
         return "is not there"
     return None if (found.st_size, found.st_mtime_ns) == (nbytes, mtime_ns) else "has changed"
+
+
+def _averages_among(
+    checkpoints: Sequence[Checkpoint], derived_from: Sequence[Mapping[str, Any] | None]
+) -> list[str]:
+    """Point out averages that are averaged with others: a pattern may have caught them."""
+    return [
+        f"{one.label} is an average that ckptavg made of {told['n_sources']} checkpoints, and is "
+        "averaged in as it was named"
+        for one, told in zip(checkpoints, derived_from, strict=True)
+        if len(checkpoints) > 1 and told is not None and told.get("n_sources", 1) != 1
+    ]
 
 
 def _batchnorm_due(plan: AveragePlan, batchnorm: BnPass | None) -> list[str]:

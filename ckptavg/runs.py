@@ -68,6 +68,7 @@ def find_run(folder: Folder) -> Run | None:
 def _find(folder: Folder, prefix: str, depth: int) -> Run | None:
     has_weights = holds_weights(folder)
     names, others, unfinished = [], [], []
+    steps: list[str] = []  # beside weights, where they may be pictures
     for name in folder.names():
         is_folder = folder.is_folder(name)
         is_step = _tells_step(name)
@@ -82,10 +83,14 @@ def _find(folder: Folder, prefix: str, depth: int) -> Run | None:
             names.append(name)  # to pass over it would be to guess
         elif not is_folder or (has_weights and _DEEPSPEED_STEP.fullmatch(name)):
             continue  # what DeepSpeed keeps beside a model's own weights
+        elif is_step and has_weights:
+            steps.append(name)
         elif is_step or (not has_weights and _is_model(folder, name)):
             names.append(name)
         else:
             others.append(name)
+    if any(_holds_weights(folder, name) for name in steps):
+        names += steps
     run = Run(
         folder.label,
         tuple(prefix + name for name in sorted(names, key=natural_order)),
@@ -96,8 +101,10 @@ def _find(folder: Folder, prefix: str, depth: int) -> Run | None:
         return run if names else None
     inner = _inside(folder, prefix, others, depth - 1)
     if has_weights:  # a final model, with its run in a folder beside it
-        steps = [one for _, one in inner if any(map(_tells_step, one.names))]
-        return steps[0]._replace(label=folder.label, has_weights=True) if len(steps) == 1 else None
+        beside = [one for _, one in inner if any(map(_tells_step, one.names))]
+        if len(beside) != 1:
+            return None
+        return beside[0]._replace(label=folder.label, has_weights=True)
     if inner and len(inner) + len(names) > 1:
         found = [*(name for name, _ in inner), *names]
         raise SourceError(
@@ -129,8 +136,12 @@ def _tells_step(name: str) -> bool:
 
 def _is_model(folder: Folder, name: str) -> bool:
     """Tell whether a folder holds weights; on the Hub that is not asked."""
+    return folder.hub is None and _holds_weights(folder, name)
+
+
+def _holds_weights(folder: Folder, name: str) -> bool:
     with suppress(PermissionError):
-        return folder.hub is None and holds_weights(folder.inside(name))
+        return holds_weights(folder.inside(name))
     return False
 
 
@@ -150,6 +161,7 @@ class Candidate:
         checkpoint: It, opened; None if that failed, or was not tried.
         problem: Why it cannot be opened.
         left_out: Why it is not among those to choose from.
+        is_followed: Whether its run has newer ones whose names do not match.
     """
 
     source: str | HubRevision
@@ -158,6 +170,7 @@ class Candidate:
     checkpoint: Checkpoint | None = None
     problem: CheckpointError | None = None
     left_out: str | None = None
+    is_followed: bool = False
 
     @property
     def label(self) -> str:
@@ -179,6 +192,16 @@ def in_order(candidates: Sequence[Candidate]) -> list[Candidate]:
     return [candidates[at] for at in training_order([one.position for one in candidates])]
 
 
+def mark_followed(candidates: Sequence[Candidate], others: Sequence[Candidate]) -> None:
+    """Note in checkpoints that newer ones of their run, by name, are among some others."""
+    for one in candidates:
+        rivals = [other for other in others if other.run is not None and other.run == one.run]
+        pairs = ([one.position, other.position] for other in rivals)
+        one.is_followed = any(
+            training_order(pair) == [0, 1] and pair[0] != pair[1] for pair in pairs
+        )
+
+
 def settle(members: Sequence[Candidate]) -> None:
     """Decide which of the checkpoints of one run are left out, and note why in each.
 
@@ -190,11 +213,12 @@ def settle(members: Sequence[Candidate]) -> None:
     numbered = [one for one in members if one not in second]
     kinds = {_kind(one.name) for one in numbered if one.problem is None}
     for one in numbered:
-        if _is_unfinished(one) and kinds and _kind(one.name) not in kinds:
+        is_file = one.name.endswith(WEIGHT_SUFFIXES)
+        if _is_unfinished(one) and not is_file and kinds and _kind(one.name) not in kinds:
             one.left_out = f"it is no checkpoint, as none of its kind is: {one.problem}"
     numbered = [one for one in numbered if one.left_out is None]
     for one in reversed(_by_age(numbered)):
-        if _is_unfinished(one):
+        if _is_unfinished(one) and not one.is_followed:
             one.left_out = f"it is not whole: {one.problem}"
         elif one.problem is None and _lacks_state(one, numbered):
             one.left_out = "it is not finished: it has no trainer_state.json, which the others have"
@@ -218,8 +242,8 @@ def mixture(members: Sequence[Candidate]) -> str | None:
         if one not in second:
             kinds.setdefault(_kind(one.name), one)
         twin = seen.setdefault(one.position, one)
+        step, epoch = one.position
         if twin is not one and one.position != _NOWHERE:
-            step, epoch = one.position
             where = f"step {step}" if step is not None else f"epoch {epoch}"
             return (
                 f"holds two checkpoints of {where}, {twin.name} and {one.name}: of two runs? "

@@ -38,7 +38,12 @@ class Selection:
             if count is not None and (type(count) is not int or count < 1):
                 raise UsageError(f"{name} is {count}, expected a number of at least 1")
         if self.last is not None and self.first is not None:
-            raise UsageError("last and first exclude each other")
+            raise UsageError("--last and --first exclude each other")
+        given: object = self.steps  # a caller without types may pass anything
+        if isinstance(given, str):
+            object.__setattr__(self, "steps", parse_steps(given))
+        elif given is not None and not (isinstance(given, tuple) and len(given) == 2):
+            raise UsageError(f"steps is {given!r}, expected two ends, such as (1000, None)")
         if self.steps is not None:
             low, high = self.steps
             if low is not None and high is not None and low > high:
@@ -71,7 +76,7 @@ class Selection:
             if unknown:
                 raise SourceError(
                     f"{unknown[0]}: neither its name nor its metadata tells a training step, which "
-                    "--steps needs"
+                    "--steps needs; choose by names with --match"
                 )
             indices = [
                 index

@@ -135,7 +135,7 @@ def _find_on_hub(reference: HubReference, typed: str, hub: HubAccess) -> list[Hu
 def _expand_glob(pattern: str, text: str) -> list[str]:
     if os.path.lexists(pattern) or not is_glob(pattern):
         return [pattern]
-    matches = sorted(glob.glob(pattern), key=natural_order)
+    matches = sorted(glob.glob(pattern, recursive=True), key=natural_order)
     if not matches:
         raise SourceError(f"{text}: matches nothing")
     return matches

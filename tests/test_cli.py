@@ -652,7 +652,7 @@ def test_a_broken_checkpoint_in_a_run_is_one_line_that_says_what_to_do(
         (["--every", "x"], "Invalid value for '--every': 'x' is not a valid integer range"),
         (["--steps", "9"], "'9' is not a range of steps such as 1000:9000 or 1000:"),
         (["--steps", "9:1"], "steps 9:1: the first step is after the last"),
-        (["--last", "1", "--first", "1"], "last and first exclude each other"),
+        (["--last", "1", "--first", "1"], "--last and --first exclude each other"),
     ],
     ids=" ".join,
 )

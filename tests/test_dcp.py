@@ -446,3 +446,24 @@ def test_the_digest_of_places_tells_parts_apart(tmp_path: Path) -> None:
     exchanged = open_checkpoint(files.write(tmp_path / "exchanged"))
     assert [Path(file.path).name for file in exchanged.files] == [".metadata", FILES[1], FILES[0]]
     assert read_tensor(exchanged, "w") == bytes_of(value[:, [2, 3, 0, 1]])
+
+
+def test_moments_among_flat_names_are_never_taken_for_weights(tmp_path: Path) -> None:
+    saved = {"layer.weight": torch.ones(2, 3), "adam.exp_avg.layer.weight": torch.zeros(2, 3)}
+    path = save_dcp(tmp_path / "run", saved, planner={name: (name,) for name in saved})
+    with pytest.raises(CheckpointError, match="'adam.exp_avg.layer.weight' is optimizer state"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("head", ["opt", "optimizer", "ema"])
+def test_state_and_copies_under_flat_names_are_left_out(tmp_path: Path, head: str) -> None:
+    saved = {"layer.weight": torch.ones(2, 3), f"{head}.layer.weight": torch.zeros(2, 3)}
+    path = save_dcp(tmp_path / "run", saved, planner={name: (name,) for name in saved})
+    assert set(open_checkpoint(path).tensors) == {"layer.weight"}
+
+
+def test_facts_beside_that_cannot_be_read_are_not_known(tmp_path: Path) -> None:
+    path = save_dcp(tmp_path / "run", {"layer.weight": torch.ones(2, 3)})
+    (path / "meta.pt").write_bytes(b"not a torch file")
+    checkpoint = open_checkpoint(path)
+    assert (checkpoint.step, set(checkpoint.tensors)) == (None, {"layer.weight"})

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_contract import CheckpointContract, read_tensor, same_content
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ckptavg.checkpoint import open_checkpoint
-from ckptavg.errors import CheckpointError
+from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 
 INDEX = "model.safetensors.index.json"
 TORCH_INDEX = "pytorch_model.bin.index.json"
@@ -530,3 +531,30 @@ def test_a_trainer_state_without_a_count_is_not_believed(tmp_path: Path, step: s
     save_file(TENSORS, directory / "model.safetensors")
     (directory / "trainer_state.json").write_text(f'{{"global_step": {step}}}')
     assert open_checkpoint(directory).step == 500
+
+
+def test_a_shard_that_is_named_itself_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model-00001-of-00002.safetensors"
+    save_file(TENSORS, path)
+    refused(path, ": is a part of a checkpoint; name the folder it lies in")
+
+
+def test_several_models_in_one_directory_are_a_choice(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "model_1.safetensors"):
+        save_file(TENSORS, tmp_path / name)
+    refused(
+        tmp_path,
+        ": holds several models (model_1.safetensors beside the first); name the file of one",
+    )
+
+
+def test_a_trainer_state_that_is_cut_short_is_unfinished(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 5')
+    with pytest.raises(IncompleteCheckpointError, match="is not valid JSON"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_single_numpy_file_is_taken(tmp_path: Path) -> None:
+    np.savez(tmp_path / "weights.npz", a=np.ones(2, np.float32))
+    assert list(open_checkpoint(tmp_path).tensors) == ["a"]

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 import ckptavg
 from ckptavg import average_checkpoints, gathering
 from ckptavg.checkpoint.folder import LocalFolder
-from ckptavg.errors import CheckpointError, IncompleteCheckpointError, SourceError
+from ckptavg.errors import CheckpointError, CkptavgError, IncompleteCheckpointError, SourceError
 from ckptavg.gathering import close_all, open_sources
 from ckptavg.results import RunInfo
 from ckptavg.runs import find_run
@@ -827,3 +827,24 @@ def test_a_mixed_run_is_listed_with_a_note() -> None:
     (note,) = run_of("run").notes
     assert note.startswith("holds checkpoints of several kinds, such as D_1000.pth and G_1000.pth")
     assert run_of("run", match=("G*",)).notes == ()
+
+
+def test_a_broken_one_is_not_the_newest_because_newer_names_do_not_match() -> None:
+    trainer_run("run", (1, 2, 3))
+    os.truncate("run/checkpoint-2/model.safetensors", 20)
+    with pytest.raises(CheckpointError, match="checkpoint-2.*truncated"):
+        open_sources("run", selection=Selection(match=("*-1", "*-2")))
+
+
+def test_pictures_of_a_step_beside_weights_make_no_run() -> None:
+    model_directory("model")
+    Path("model/samples_step_500").mkdir()
+    assert taken("model") == ["model"]
+
+
+def test_a_truncated_file_of_another_kind_is_no_picture() -> None:
+    for step in (100, 150, 200):
+        torch_file(f"run/epoch=1-step={step}{'-v1' if step == 150 else ''}.ckpt", step=step)
+    os.truncate("run/epoch=1-step=150-v1.ckpt", 50)
+    with pytest.raises(CkptavgError):
+        open_sources("run")

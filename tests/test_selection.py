@@ -100,7 +100,7 @@ def test_a_range_of_steps_needs_the_step_of_every_checkpoint() -> None:
         SourceError,
         match=whole(
             "checkpoint-None: neither its name nor its metadata tells a training step, which "
-            "--steps needs"
+            "--steps needs; choose by names with --match"
         ),
     ):
         chosen(*steps, steps=(100, None))
@@ -114,7 +114,7 @@ def test_a_range_of_steps_needs_the_step_of_every_checkpoint() -> None:
         ({"every": 0}, "every is 0, expected a number of at least 1"),
         ({"every": 1.5}, "every is 1.5, expected a number of at least 1"),
         ({"last": True}, "last is True, expected a number of at least 1"),
-        ({"last": 1, "first": 1}, "last and first exclude each other"),
+        ({"last": 1, "first": 1}, "--last and --first exclude each other"),
         ({"steps": (5, 4)}, "steps 5:4: the first step is after the last"),
     ],
     ids=str,
@@ -183,6 +183,8 @@ def test_checkpoints_of_the_same_step_in_two_runs_are_equally_new() -> None:
     assert [one.label for one in checkpoints] == ["run/checkpoint-600", "twin/checkpoint-600"]
     assert notes == [
         "took 2 of 8 checkpoints (--last 2): checkpoint-600 to checkpoint-600",
+        "twin/checkpoint-600 and run/checkpoint-600 are both of step 600: is one a copy, or are "
+        "these two runs?",
     ]
 
 

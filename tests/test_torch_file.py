@@ -174,8 +174,15 @@ def test_tied_tensors_are_aliases_of_the_first(tmp_path: Path) -> None:
 
 
 def test_empty_tensors_are_not_tied(tmp_path: Path) -> None:
-    empty = torch.empty(0)
-    assert open_checkpoint(saved(tmp_path, {"a": empty, "b": empty})).aliases == {}
+    state = {"a": torch.empty(0), "b": torch.empty(0), "c": torch.ones(1)}
+    assert open_checkpoint(saved(tmp_path, state)).aliases == {}
+
+
+def test_places_of_weights_without_values_are_no_weights(tmp_path: Path) -> None:
+    """DeepSpeed ZeRO-3 saves such files for each process."""
+    path = saved(tmp_path, {"module": {"a": torch.empty(0), "b": torch.empty(0)}, "step": 5})
+    with pytest.raises(CheckpointError, match="holds no values, .* DeepSpeed ZeRO-3"):
+        open_checkpoint(path)
 
 
 @pytest.mark.parametrize(
@@ -786,3 +793,12 @@ def test_the_advice_on_state_key_leads_to_the_tensors(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(path, state_key="model_ema.module")
     assert list(checkpoint.tensors) == ["w"]
     checkpoint.close()
+
+
+def test_another_network_beside_the_model_is_named(tmp_path: Path) -> None:
+    state = {"model": {"a": torch.ones(1)}, "discriminator": {"b": torch.ones(1)}}
+    checkpoint = open_checkpoint(saved(tmp_path, state))
+    assert list(checkpoint.tensors) == ["a"]
+    assert checkpoint.notes == [
+        "left out 'discriminator', which hold tensors, too; see --state-key"
+    ]

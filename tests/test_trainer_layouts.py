@@ -308,24 +308,27 @@ def test_zero_3_is_refused_with_the_command_that_helps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = zero3(tmp_path / "run")
-    command = f"python {path}/zero_to_fp32.py {path} {path} --safe_serialization -t global_step5"
-    refused(path, needs_command(command))
-    refused(path / "global_step5", needs_command(command))
-    refused(f"{path}/", needs_command(command))
-    refused(f"{path}/global_step5/", needs_command(command))
+    command = f"python {path}/zero_to_fp32.py {path}"
+    inner = f"{path}/global_step5"
+    refused(path, needs_command(f"{command} {path} -t global_step5"))
+    refused(path / "global_step5", needs_command(f"{command} {inner} -t global_step5"))
+    refused(f"{path}/", needs_command(f"{command} {path} -t global_step5"))
+    refused(f"{inner}/", needs_command(f"{command} {inner} -t global_step5"))
     monkeypatch.chdir(path)
-    refused("global_step5", needs_command(
-        "python zero_to_fp32.py . . --safe_serialization -t global_step5"
-    ))  # fmt: skip
-    refused(".", needs_command("python zero_to_fp32.py . . --safe_serialization -t global_step5"))
+    refused("global_step5", needs_command("python zero_to_fp32.py . global_step5 -t global_step5"))
+    refused(".", needs_command("python zero_to_fp32.py . . -t global_step5"))
     monkeypatch.chdir(path / "global_step5")
-    refused(".", needs_command("python ../zero_to_fp32.py .. .. --safe_serialization"))
+    refused(".", needs_command("python ../zero_to_fp32.py .. ."))
+    monkeypatch.chdir(path)
+    (path / "global_step6").mkdir()
+    (path / "latest").write_text("global_step5")
+    refused(".", needs_command("python zero_to_fp32.py . global_step5 -t global_step5"))
 
 
 def test_the_command_is_quoted_for_the_shell(tmp_path: Path) -> None:
     path = zero3(tmp_path / "my run; rm x")
     refused(path, needs_command(
-        f"python '{path}/zero_to_fp32.py' '{path}' '{path}' --safe_serialization -t global_step5"
+        f"python '{path}/zero_to_fp32.py' '{path}' '{path}' -t global_step5"
     ))  # fmt: skip
 
 

@@ -25,7 +25,9 @@ from ckptavg import (
     recompute_bn,
 )
 from ckptavg.derive import derive
+from ckptavg.derived.weight_norm import find_weight_norms
 from ckptavg.results import BnPass
+from ckptavg.tensors import FLOAT32, TensorInfo
 
 Make = Callable[[], nn.Module]
 
@@ -522,3 +524,10 @@ def test_a_file_that_changes_meanwhile_is_noticed(
     monkeypatch.setattr("ckptavg.steps.derive", derive_and_touch)
     with pytest.raises(CheckpointError, match="changed"):
         average_checkpoints(paths, tmp_path / "out")
+
+
+def test_two_tensors_of_one_shape_are_no_weight_norm() -> None:
+    info = TensorInfo(FLOAT32, (4, 3))
+    prefix = "layer.parametrizations.weight"
+    tensors = {f"{prefix}.original0": info, f"{prefix}.original1": info}
+    assert list(find_weight_norms(tensors, ["a"])) == []

@@ -1,5 +1,6 @@
 """Readers of saved checkpoints: one protocol, whatever the layout; opening reads headers only."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ from ckptavg.tensors import HubRevision
 
 if TYPE_CHECKING:  # importing huggingface_hub takes longer than averaging many models
     from ckptavg.hub.connection import HubConnection
+
+_SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.\w+")
 
 __all__ = [
     "ADAPTER_CONFIG_NAME",
@@ -61,6 +64,7 @@ def open_checkpoint(
     """
     label = label or str(source)
     path = Path(source)
+    _refuse_parts(path.name, label)
     try:
         is_directory = path.is_dir()
     except OSError as error:  # a name that is too long, a folder that may not be entered
@@ -84,6 +88,7 @@ def open_hub_checkpoint(
     """
     label = label_of(found)
     if names_a_file(found):
+        _refuse_parts(found.path.rpartition("/")[2], label)
         file = open_hub_weights(found, connection, label)
         checkpoint = open_file(file, state_key=state_key)
         checkpoint.revision = found
@@ -91,6 +96,17 @@ def open_hub_checkpoint(
         checkpoint = open_directory(HubFolder(found, connection), state_key=state_key)
     checkpoint.connection = connection
     return _placed(checkpoint, f"{found.revision}/{found.path}".rstrip("/"), found.title)
+
+
+def _refuse_parts(name: str, label: str) -> None:
+    """Refuse a file that is named itself and holds a part of a model only.
+
+    Raises:
+        CheckpointError: If its name says so.
+    """
+    shard = _SHARD.fullmatch(name)
+    if (shard is not None and int(shard[1]) > 1) or name.endswith(".distcp"):
+        raise CheckpointError(f"{label}: is a part of a checkpoint; name the folder it lies in")
 
 
 def _placed(checkpoint: StoredCheckpoint, *names: str) -> StoredCheckpoint:

@@ -20,6 +20,7 @@ from ckptavg.checkpoint.state_dict import (
     STEP_KEYS,
     WEIGHT_KEYS,
     find_state_dict,
+    is_average,
     is_training_state,
     some,
 )
@@ -29,6 +30,7 @@ from ckptavg.checkpoint.torch_zip import TorchZip
 from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 from ckptavg.tensors import TensorInfo
 
+_MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"})
 _FACTS_NAMES = ("meta.pt", "common.pt")
 _MAX_FACTS_BYTES = 64 * 2**20
 LAYOUT = "torch.distributed.checkpoint directory"
@@ -192,6 +194,12 @@ def open_dcp(folder: Folder, *, state_key: str | None) -> StoredCheckpoint:
                 left_out.append(name)
         if left_out:
             notes.append(f"left out, not tensors: {some(left_out)}")
+        moments = [name for name in names if not _MOMENTS.isdisjoint(name.split("."))]
+        if moments:
+            raise CheckpointError(
+                f"{folder.label}: '{moments[0]}' is optimizer state, and nothing tells it from the "
+                'weights; save the model in a mapping of its own, such as {"model": ...}'
+            )
         tensors, places = _placed(metadata, names, files, folder.label)
         step = _state_number(metadata, files, STEP_KEYS)
         epoch = _state_number(metadata, files, EPOCH_KEYS)
@@ -208,7 +216,11 @@ def open_dcp(folder: Folder, *, state_key: str | None) -> StoredCheckpoint:
         epoch=epoch,
         notes=notes,
     )
-    _add_facts_beside(checkpoint, folder)
+    try:
+        _add_facts_beside(checkpoint, folder)
+    except BaseException:
+        checkpoint.close()
+        raise
     return checkpoint
 
 
@@ -216,10 +228,12 @@ def _add_facts_beside(checkpoint: StoredCheckpoint, folder: Folder) -> None:
     """Read what Lightning and Megatron save once, in a torch file beside the parts."""
     for name in _FACTS_NAMES:
         if folder.has(name) and 0 < folder.size(name) <= _MAX_FACTS_BYTES:
-            file = folder.open(name, f"{folder.label}/{name}")
             with suppress(CheckpointError):  # it is not needed, and Megatron's may name its code
-                add_training_facts(checkpoint, file, TorchZip(file))
-            file.close()
+                file = folder.open(name, f"{folder.label}/{name}")
+                try:
+                    add_training_facts(checkpoint, file, TorchZip(file))
+                finally:
+                    file.close()
 
 
 def _placed(
@@ -280,9 +294,17 @@ def _nested(metadata: DcpMetadata, label: str) -> Pairs:
         for name in metadata.saved:
             head, _, rest = name.partition(".")
             paths[name] = (head, rest) if rest and whole else (name,)
+    rests: dict[str, set[str]] = {}  # first part of names at the top -> what follows it
+    for path in paths.values():
+        head, _, rest = path[0].partition(".")
+        rests.setdefault(head if len(path) == 1 and rest else "", set()).add(rest or path[0])
     for name, path in list(paths.items()):
         head, _, rest = path[0].partition(".")
-        if len(path) == 1 and rest and is_training_state(head):  # Megatron's optimizer
+        if len(path) > 1 or not rest:
+            continue
+        others = set().union(*(rests[one] for one in rests if one != head))
+        is_copy = is_average(head) and rests[head] <= others | set(paths)
+        if is_training_state(head) or is_copy:  # Megatron's optimizer, somebody's ema.
             paths[name] = (head, rest)
     root = Pairs()
     taken: dict[tuple[int, str], Any] = {}  # mapping and key -> what is there

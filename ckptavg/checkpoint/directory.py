@@ -39,6 +39,8 @@ _INDEXED = (
 )
 _TORCH_NAME = "model.pt"
 _MAX_SHARDS = 10_000
+# accelerate's, of a second and a third model
+_NEXT_MODEL = re.compile(r"(model|pytorch_model|pytorch_model_fsdp)_\d+\.(safetensors|bin)")
 _SHARD = re.compile(r"(model|pytorch_model)-(\d+)-of-(\d+)\.(safetensors|bin)")
 _TIED_INPUT_SUFFIXES = (
     "embed_tokens.weight",
@@ -101,6 +103,11 @@ def holds_weights(folder: Folder) -> bool:
 
 def _open_weights(folder: Folder, state_key: str | None) -> StoredCheckpoint:
     label = folder.label
+    several = [name for name in folder.names() if _NEXT_MODEL.fullmatch(name)]
+    if several:
+        raise CheckpointError(
+            f"{label}: holds several models ({several[0]} beside the first); name the file of one"
+        )
     originals = sharded_originals(folder)
     if originals is not None:
         return originals
@@ -136,7 +143,10 @@ def _open_weights(folder: Folder, state_key: str | None) -> StoredCheckpoint:
         )
     if folder.has(_TORCH_NAME) and not any(name.endswith(".safetensors") for name in names):
         return _open_single(folder, _TORCH_NAME, state_key)
-    for suffixes, kind in ((".safetensors", "safetensors"), (TORCH_SUFFIXES, "torch")):
+    kinds: tuple[tuple[str | tuple[str, ...], str], ...] = (
+        (".safetensors", "safetensors"), (TORCH_SUFFIXES, "torch"), (".npz", "numpy"),
+    )  # fmt: skip
+    for suffixes, kind in kinds:
         others = [one for one in names if one.endswith(suffixes) and not is_training_state(one)]
         if len(others) == 1:
             return _open_single(folder, others[0], state_key)

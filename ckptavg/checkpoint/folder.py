@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Protocol
 
 from ckptavg.checkpoint.files import PositionalFile, ReadableFile
-from ckptavg.errors import CheckpointError
+from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 from ckptavg.tensors import HubRevision
 
 MAX_SIDE_FILE_BYTES = 256 * 2**20
@@ -23,7 +23,7 @@ _LEFT_OUT = re.compile(
     | .*\.index\.json
     | consolidated.* | optimizer.* | scheduler.* | scaler.* | rng_state.* | random_states_.*
     | trainer_state\.json | training_args\..* | metadata\.json | latest.*\.txt
-    | events\.out\..* | latest | zero_to_fp32\.py
+    | events\.out\..* | latest | zero_to_\w+\.py
     | README\.md | ckptavg\.json | \..*
     """,
     re.VERBOSE | re.IGNORECASE,
@@ -40,7 +40,7 @@ _TRAINING_STATE = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
-WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".npz")
 
 
 class Folder(Protocol):
@@ -171,14 +171,17 @@ def read_json(folder: Folder, name: str) -> dict[str, Any] | None:
     if not folder.has(name):
         return None
     label = f"{folder.label}/{name}"
-    file = folder.open(name, label)
+    file, raw = folder.open(name, label), b""
     try:
         if file.size > _MAX_JSON_BYTES:
             raise CheckpointError(f"{label}: has {file.size} bytes, too many for a JSON side file")
-        value = json.loads(file.read(0, file.size).decode("utf-8"))
+        raw = file.read(0, file.size)
         file.verify()
+        value = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{label}: is not valid JSON") from error
+        is_cut = not raw.rstrip().endswith(b"}")  # of an object, which all of these are
+        kind = IncompleteCheckpointError if is_cut else CheckpointError
+        raise kind(f"{label}: is not valid JSON") from error
     finally:
         file.close()
     if type(value) is not dict:

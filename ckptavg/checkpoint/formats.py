@@ -28,7 +28,8 @@ def open_file(file: ReadableFile, *, state_key: str | None) -> StoredCheckpoint:
         if (is_zip and not is_npz(head)) or is_legacy(head):
             return open_torch_file(file, is_legacy=not is_zip, state_key=state_key)
         if not is_safetensors and not is_zip:
-            raise CheckpointError(f"{file.label}: {foreign_format(file, head)}")
+            kind = CheckpointError if any(head) else IncompleteCheckpointError  # room, no content
+            raise kind(f"{file.label}: {foreign_format(file, head)}")
         if state_key is not None:
             what = "safetensors" if is_safetensors else "numpy"
             raise CheckpointError(

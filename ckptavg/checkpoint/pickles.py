@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ckptavg.checkpoint.pickle_names import called, instance, is_known, storage
 from ckptavg.checkpoint.pickle_values import Inert, Name, Pairs, Storage, TensorView, Unsupported
-from ckptavg.errors import CheckpointError
+from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 
 MAX_PICKLE_BYTES = 64 * 2**20  # what readers hand over at most
 _MAX_OPERATIONS = 10_000_000
@@ -62,7 +62,7 @@ def read_pickle(raw: bytes, label: str) -> Any:
     """
     found = read_pickle_at(raw, 0, label)
     if found is None:
-        raise CheckpointError(f"{label}: its pickle is damaged (it ends early)")
+        raise IncompleteCheckpointError(f"{label}: its pickle is damaged (it ends early)")
     return found.value
 
 

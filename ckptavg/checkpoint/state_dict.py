@@ -21,7 +21,7 @@ _EXTRA_STATE = "_extra_state"  # what a module saves besides tensors; it may be 
 _AVERAGE_HINTS = ("ema", "swa", "averag", "shadow", "teacher")
 # what trainers save beside the weights to go on training: it may hold tensors, but no weights
 _TRAINING_STATE = re.compile(
-    r"optimi[sz]er|optims?(?![a-z])|^opt_state|scheduler|(^|_)sched(_|$)|(^|_)(grad_?)?scalers?(_|$)"
+    r"optimi[sz]er|optims?(?![a-z])|^opts?$|^opt_state|scheduler|(^|_)sched(_|$)|(^|_)(grad_?)?scalers?(_|$)"
     r"|^amp(_|$)|(^|_)rng(s|_|$)|random_states?|data_?loader|(^|_)sampler(_|$)|^(loops|callbacks)$"
     r"|^train(ing|er)?_(state|progress)|^(metric|loss|averaging)_state(_dict)?$",
     re.IGNORECASE,
@@ -50,7 +50,7 @@ def find_state_dict(root: Any, state_key: str | None, label: str) -> tuple[Pairs
     mapping, path, notes = root, "", list[str]()
     for _ in range(_MAX_NESTING):
         prefix = f"{path}." if path else ""
-        averages = [key for key in _weight_mappings(mapping) if _is_average(key)]
+        averages = [key for key in _weight_mappings(mapping) if is_average(key)]
         if averages:
             averages[:3] = [f"{prefix}{_tensor_path(mapping, key)}" for key in averages[:3]]
             notes.append(f"also holds {some(averages)}; --state-key selects it")
@@ -61,10 +61,19 @@ def find_state_dict(root: Any, state_key: str | None, label: str) -> tuple[Pairs
             raise CheckpointError(
                 f"{label}: {some(candidates)} all hold weights; choose one with --state-key"
             )
+        siblings = [
+            f"{prefix}{key}"
+            for key in _tensor_mappings(mapping)
+            if key not in (candidates[0], _LIGHTNING_RAW)
+            and not is_average(key)
+            and not key.endswith(_EXTRA_STATE)
+        ]
+        if siblings:
+            notes.append(f"left out {some(siblings)}, which hold tensors, too; see --state-key")
         path = f"{path}.{candidates[0]}" if path else candidates[0]
         mapping = mapping.get(candidates[0])
     nested = [key for key in _tensor_mappings(mapping) if not key.endswith(_EXTRA_STATE)]
-    networks = [key for key in nested if not _is_average(key)]
+    networks = [key for key in nested if not is_average(key)]
     has_tensors = any(type(value) in (TensorView, Unsupported) for _, value in mapping.items)
     if has_tensors and not networks:
         if path == "state_dict" and {_LIGHTNING_AVERAGED, _LIGHTNING_RAW} <= _keys(root):
@@ -107,7 +116,7 @@ def _walk(root: Pairs, state_key: str, label: str) -> Pairs:
 
 def _weight_mappings(mapping: Pairs) -> list[str]:
     """Return the keys under which trainers put weights, where a mapping of tensors is there."""
-    return [key for key in _tensor_mappings(mapping) if key in WEIGHT_KEYS or _is_average(key)]
+    return [key for key in _tensor_mappings(mapping) if key in WEIGHT_KEYS or is_average(key)]
 
 
 def _tensor_mappings(mapping: Pairs) -> list[str]:
@@ -151,7 +160,8 @@ def _keys(mapping: Pairs) -> set[str]:
     return {key for key, _ in mapping.string_items()}
 
 
-def _is_average(key: str) -> bool:
+def is_average(key: str) -> bool:
+    """Tell by its name whether an entry holds averages that training kept."""
     return any(hint in key.lower() for hint in _AVERAGE_HINTS)
 
 

@@ -91,6 +91,12 @@ def open_torch_file(
         if value.storage.numel and identity in owners:
             aliases[name] = owners[identity]
         owners.setdefault(identity, name)
+    floats = [info for info in tensors.values() if info.dtype.kind == "float"]
+    if floats and all(info.shape == (0,) for info in floats):
+        raise CheckpointError(
+            f"{file.label}: holds no values, only the places of weights, as DeepSpeed ZeRO-3 saves "
+            "them; name its folder to see what puts the weights together"
+        )
     if left_out:
         notes.append(f"left out, not tensors: {some(left_out)}")
     checkpoint = StoredCheckpoint(

@@ -12,7 +12,7 @@ from typing import Any
 from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.checkpoint.pickle_values import Pairs, Storage
 from ckptavg.checkpoint.pickles import MAX_PICKLE_BYTES, FoundPickle, read_pickle_at
-from ckptavg.errors import CheckpointError
+from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 _MAGIC_BYTES = _MAGIC_NUMBER.to_bytes(10, "little")  # as every binary protocol pickles it
@@ -106,7 +106,7 @@ class TorchLegacy:
                     return found
             known = len(self._raw)
             if known == self._file.size:
-                raise self._refuse(
+                raise self._cut_short(
                     f"has {known} bytes, which end inside its pickles: the torch file is truncated"
                 )
             if known == limit:
@@ -134,7 +134,7 @@ class TorchLegacy:
             placed[key] = position, storage
             position += storage.nbytes
         if position > self._file.size:
-            raise self._refuse(
+            raise self._cut_short(
                 f"has {self._file.size} bytes, expected {position}: the torch file is truncated"
             )
         if position < self._file.size:
@@ -142,6 +142,9 @@ class TorchLegacy:
                 f"has {self._file.size} bytes, expected {position}: it has bytes left over"
             )
         return placed
+
+    def _cut_short(self, what: str) -> CheckpointError:
+        return IncompleteCheckpointError(f"{self._file.label}: {what}")
 
     def _refuse(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self._file.label}: {what}")

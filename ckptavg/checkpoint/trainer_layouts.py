@@ -163,7 +163,7 @@ def _deepspeed(
         raise CheckpointError(
             f"{folder.label}: is a DeepSpeed ZeRO-3 checkpoint, whose weights lie in the optimizer "
             f"files of all processes; put them together first: "
-            f"{_zero_to_fp32(folder.label, prefix.rstrip('/'))}"
+            f"{_zero_to_fp32(folder.label, prefix.rstrip('/'), alone=len(steps) == 1)}"
         )
     ranks = [name for name in names if _DEEPSPEED_WEIGHTS.fullmatch(name)]
     parts = [name for name in names if _DEEPSPEED_OTHER.fullmatch(name)]
@@ -187,20 +187,26 @@ def _deepspeed(
     return checkpoint
 
 
-def _zero_to_fp32(label: str, tag: str) -> str:
+def _zero_to_fp32(label: str, tag: str, *, alone: bool) -> str:
     """Return the command that puts ZeRO-3 weights together.
 
     Args:
-        label: The directory that was opened.
+        label: The directory that was opened, which gets the weights.
         tag: The folder in it with the files; empty if it is that folder itself.
+        alone: Whether there is no other such folder in it: else that one gets them.
     """
-    outer = PurePosixPath(label)
+    outer = target = PurePosixPath(label)
     if not tag:
         tag = outer.name
         outer = outer.parent if _DEEPSPEED_STEP.fullmatch(tag) else outer / ".."
+    elif not alone:
+        target = outer / tag
     option = f" -t {tag}" if _DEEPSPEED_STEP.fullmatch(tag) else ""  # else what `latest` says
-    root, script = shlex.quote(str(outer)), shlex.quote(str(outer / "zero_to_fp32.py"))
-    return f"python {script} {root} {root} --safe_serialization{option}"
+    script, root, into = (
+        shlex.quote(str(path)) for path in (outer / "zero_to_fp32.py", outer, target)
+    )
+    # as a torch file: DeepSpeed's safetensors fail where weights are tied
+    return f"python {script} {root} {into}{option}"
 
 
 def _latest(folder: Folder) -> str | None:

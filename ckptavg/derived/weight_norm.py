@@ -146,10 +146,18 @@ def find_weight_norms(
 
 
 def _fit(magnitude: TensorInfo, direction: TensorInfo) -> bool:
-    """Tell whether two shapes can be those of g and v."""
+    """Tell whether two shapes can be those of g and v: g has a number for each channel, or one.
+
+    Parametrisations with two tensors of other shapes are something else, and with two vectors
+    nobody can tell.
+    """
     if magnitude.dtype.kind != "float" or direction.dtype.kind != "float":
         return False
     if not direction.shape or not direction.numel:
+        return False
+    if sum(size != 1 for size in magnitude.shape) > 1:
+        return False
+    if len(direction.shape) == 1 and magnitude.numel != 1:
         return False
     return not magnitude.shape or (
         len(magnitude.shape) == len(direction.shape)
