@@ -1,13 +1,12 @@
 """Tensor names that differ between checkpoints only by a wrapper's prefix."""
 
-import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from ckptavg.checkpoint.folder import Folder
 from ckptavg.checkpoint.protocol import Checkpoint
 from ckptavg.checkpoint.state_dict import some
+from ckptavg.checkpoint.wrapped import WrappedCheckpoint
 from ckptavg.errors import CheckpointError, IncompatibleCheckpointsError
-from ckptavg.tensors import FileStamp, HubRevision, Piece, TensorInfo
+from ckptavg.tensors import Piece
 
 # what DistributedDataParallel and torch.compile put before every name
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
@@ -111,7 +110,7 @@ def under_last_names(checkpoints: Sequence[Checkpoint]) -> tuple[list[Checkpoint
     return renamed, [f"the output keeps the prefixes that tensor names have in {last.label}"]
 
 
-class RenamedCheckpoint:
+class RenamedCheckpoint(WrappedCheckpoint):
     """A checkpoint under other names; everything else is passed on.
 
     Attributes:
@@ -136,7 +135,7 @@ class RenamedCheckpoint:
         Raises:
             CheckpointError: If two names become one.
         """
-        self._checkpoint = checkpoint
+        super().__init__(checkpoint)
         self._stored_name: dict[str, str] = {}
         tensors = {name: info for name, info in checkpoint.tensors.items() if name not in left_out}
         aliases = {
@@ -151,41 +150,15 @@ class RenamedCheckpoint:
         self.stored_names: Mapping[str, str] = {
             name: before.get(stored, stored) for name, stored in self._stored_name.items()
         }
-        self.tensors: Mapping[str, TensorInfo] = {
-            rename(stored): info for stored, info in tensors.items()
-        }
-        self.aliases: Mapping[str, str] = {
-            rename(name): rename(owner) for name, owner in aliases.items()
-        }
-        self.metadata: Mapping[str, str] = {
+        self.tensors = {rename(stored): info for stored, info in tensors.items()}
+        self.aliases = {rename(name): rename(owner) for name, owner in aliases.items()}
+        self.metadata = {
             **checkpoint.metadata,
             **{name: owner for name, owner in self.aliases.items() if name not in self.tensors},
         }
-        self.label: str = checkpoint.label
-        self.layout: str = checkpoint.layout
-        self.step: int | None = checkpoint.step
-        self.epoch: int | None = checkpoint.epoch
-        self.learning_rate: float | None = checkpoint.learning_rate
-        self.metrics: Mapping[str, float] = checkpoint.metrics
-        self.notes: Sequence[str] = checkpoint.notes
-        self.files: Sequence[FileStamp] = checkpoint.files
-        self.folder: Folder | None = checkpoint.folder
 
-    @property
-    def hub(self) -> HubRevision | None:
-        """That of the checkpoint."""
-        return self._checkpoint.hub
-
-    @property
-    def read_scratch_nbytes(self) -> int:
-        """That of the checkpoint."""
-        return self._checkpoint.read_scratch_nbytes
-
-    @property
-    def places_digest(self) -> str:
-        """Digits that change with the checkpoint's, and with the names."""
-        what = self._checkpoint.places_digest, sorted(self._stored_name.items())
-        return hashlib.sha256(repr(what).encode("utf-8", "surrogatepass")).hexdigest()
+    def _changes(self) -> object:
+        return sorted(self._stored_name.items())
 
     def read_into(self, pieces: Sequence[Piece], buffer: memoryview) -> None:
         """Fill ``buffer`` with the pieces; see the protocol."""
@@ -193,19 +166,3 @@ class RenamedCheckpoint:
         self._checkpoint.read_into(
             [Piece(stored[name], start, stop) for name, start, stop in pieces], buffer
         )
-
-    def check_unchanged(self) -> None:
-        """Raise CheckpointError if any file changed since it was opened."""
-        self._checkpoint.check_unchanged()
-
-    def verify(self) -> None:
-        """Verify the checkpoint's files."""
-        self._checkpoint.verify()
-
-    def cancel(self) -> None:
-        """Cancel the reads of the checkpoint."""
-        self._checkpoint.cancel()
-
-    def close(self) -> None:
-        """Close all files."""
-        self._checkpoint.close()

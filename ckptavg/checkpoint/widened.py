@@ -1,22 +1,19 @@
 """Checkpoints that differ in float dtypes, read in one that holds every value of all of them."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptavg.checkpoint.folder import Folder
 from ckptavg.checkpoint.protocol import READ_SCRATCH_BYTES, Checkpoint
+from ckptavg.checkpoint.wrapped import WrappedCheckpoint
 from ckptavg.tensors import (
     BFLOAT16,
     FLOAT16,
     FLOAT32,
     FLOAT64,
     DType,
-    FileStamp,
-    HubRevision,
     Piece,
     TensorInfo,
 )
@@ -100,47 +97,27 @@ def _dtype(checkpoint: Checkpoint, name: str) -> DType | None:
     return info.dtype if info else None
 
 
-class WidenedCheckpoint:
+class WidenedCheckpoint(WrappedCheckpoint):
     """A checkpoint some of whose tensors are widened while they are read."""
 
     def __init__(self, checkpoint: Checkpoint, wide: Mapping[str, DType]) -> None:
         """Read the tensors named in ``wide``, stored or tied, in the dtypes given there."""
-        self._checkpoint = checkpoint
+        super().__init__(checkpoint)
         self._conversion = {
             name: (_dtype(checkpoint, name) or dtype, dtype) for name, dtype in wide.items()
         }
-        self.tensors: Mapping[str, TensorInfo] = {
+        self.tensors = {
             name: TensorInfo(wide.get(name, info.dtype), info.shape)
             for name, info in checkpoint.tensors.items()
         }
-        self.aliases: Mapping[str, str] = checkpoint.aliases
-        self.metadata: Mapping[str, str] = checkpoint.metadata
-        self.label: str = checkpoint.label
-        self.layout: str = checkpoint.layout
-        self.step: int | None = checkpoint.step
-        self.epoch: int | None = checkpoint.epoch
-        self.learning_rate: float | None = checkpoint.learning_rate
-        self.metrics: Mapping[str, float] = checkpoint.metrics
-        self.notes: Sequence[str] = checkpoint.notes
-        self.files: Sequence[FileStamp] = checkpoint.files
-        self.folder: Folder | None = checkpoint.folder
-
-    @property
-    def hub(self) -> HubRevision | None:
-        """That of the checkpoint."""
-        return self._checkpoint.hub
 
     @property
     def read_scratch_nbytes(self) -> int:
         """That of the checkpoint, and what widening a block takes."""
         return self._checkpoint.read_scratch_nbytes + READ_SCRATCH_BYTES
 
-    @property
-    def places_digest(self) -> str:
-        """Digits that change with the checkpoint's, and with the dtypes."""
-        dtypes = sorted((name, dtype.name) for name, (_, dtype) in self._conversion.items())
-        what = self._checkpoint.places_digest, dtypes
-        return hashlib.sha256(repr(what).encode("utf-8", "surrogatepass")).hexdigest()
+    def _changes(self) -> object:
+        return sorted((name, dtype.name) for name, (_, dtype) in self._conversion.items())
 
     def read_into(self, pieces: Sequence[Piece], buffer: memoryview) -> None:
         """Fill ``buffer`` with the pieces; see the protocol."""
@@ -192,22 +169,6 @@ class WidenedCheckpoint:
         element = memoryview(bytearray(itemsize))
         self._read_run([Piece(part.name, first, first + itemsize)], conversion, element)
         out[:] = element[part.start - first : part.stop - first]
-
-    def check_unchanged(self) -> None:
-        """Raise CheckpointError if any file changed since it was opened."""
-        self._checkpoint.check_unchanged()
-
-    def verify(self) -> None:
-        """Verify the checkpoint's files."""
-        self._checkpoint.verify()
-
-    def cancel(self) -> None:
-        """Cancel the reads of the checkpoint."""
-        self._checkpoint.cancel()
-
-    def close(self) -> None:
-        """Close all files."""
-        self._checkpoint.close()
 
 
 def _cut_at_elements(piece: Piece, dtype: DType) -> list[Piece]:
