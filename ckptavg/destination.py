@@ -7,17 +7,16 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from ckptavg.checkpoint.folder import read_local_json
+from ckptavg.checkpoint.folder import PROVENANCE_NAME, read_local_json
 from ckptavg.errors import OutputError, UsageError
 from ckptavg.tensors import FileStamp
 
-PROVENANCE_NAME = "ckptavg.json"
 _SPARE_BYTES = 64 * 2**20  # side files, directory entries
 # what a bare model directory may hold, beside what the provenance lists
 _MODEL_FILE = re.compile(
     r"ckptavg\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|model\.pt"
     r"|(generation_|preprocessor_|processor_)?config\.json|tokenizer(_config)?\.json"
-    r"|adapter_model\.safetensors|adapter_config\.json"
+    r"|adapter_model\.(safetensors|bin)|adapter_config\.json"
     r"|tokenizer\.model|special_tokens_map\.json|vocab\.(json|txt)|merges\.txt|chat_template\.jinja"
 )
 

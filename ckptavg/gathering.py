@@ -10,7 +10,7 @@ from ckptavg.checkpoint.folder import Folder, LocalFolder
 from ckptavg.checkpoint.hub_folder import HubFolder, names_a_file
 from ckptavg.checkpoint.position import Position, position_from_name, training_order
 from ckptavg.errors import CheckpointError, IncompleteCheckpointError, SourceError
-from ckptavg.runs import Candidate, Run, find_run, in_order, mark_followed, mixture, settle
+from ckptavg.runs import Candidate, Run, find_run, in_order, mixture, settle
 from ckptavg.selection import Selection
 from ckptavg.sources import HubAccess, SingleCheckpoint, Source, expand_sources, hub_reference
 from ckptavg.tensors import HubRevision
@@ -44,8 +44,8 @@ def open_sources(
         open_candidates(candidates, state_key=state_key, hub=hub)
         taken, notes = _taken(found, selection)
         checkpoints = []
-        for candidate in candidates:
-            if candidate.checkpoint is not None and candidate not in taken:
+        for candidate in set(candidates) - set(taken):
+            if candidate.checkpoint is not None:
                 candidate.checkpoint.close()
         for candidate in taken:
             if candidate.problem is not None:
@@ -128,14 +128,17 @@ def find_candidates(
             continue
         found += _members(run, source)
     matching = [one for one in found if selection.matches(one.name)]
-    mark_followed(matching, [one for one in found if not selection.matches(one.name)])
+    if len(matching) < len(found):
+        passed_over = _by_run([one for one in found if not selection.matches(one.name)])
+        for one in matching:
+            one.passed_over = passed_over.get(one.run, ()) if one.run is not None else ()
     if not matching:
         raise SourceError(f"none of {len(found)} checkpoints is called so: {selection}")
     steps = [one.position.step for one in matching]
     if any(not isinstance(one.source, HubRevision) for one in matching) or None in steps:
         return Found(matching, len(found), is_chosen=False)
     _refuse_mixtures(matching)
-    kept = _chosen(matching, selection)
+    kept = set(_chosen(matching, selection))
     return Found([one for one in matching if one in kept], len(found), is_chosen=True)
 
 
@@ -236,7 +239,8 @@ def _taken(found: Found, selection: Selection) -> tuple[list[Candidate], list[st
             f"took {len(kept)} of {found.n_checkpoints - n_left_out} checkpoints ({selection}): "
             f"{names}"
         )
-    return [one for one in there if one in kept], notes
+    is_kept = set(kept)
+    return [one for one in there if one in is_kept], notes
 
 
 def _chosen(candidates: Sequence[Candidate], selection: Selection) -> list[Candidate]:

@@ -269,10 +269,11 @@ def recompute_bn(
         UsageError: If the source is a pattern that names several checkpoints.
         CkptavgError: As ``average_checkpoints`` does.
     """
-    found = expand_sources(source)
+    hub = HubAccess()
+    found = expand_sources(source, hub)
     if len(found) != 1:
         raise UsageError(f"{source}: names {len(found)} checkpoints, expected one model")
-    run = find_run_of(found[0], HubAccess())
+    run = find_run_of(found[0], hub)
     if run is not None and not run.has_weights and len(run.names) > 1:
         raise UsageError(
             f"{source}: is a run of {len(run.names)} checkpoints; name one of them, or average "

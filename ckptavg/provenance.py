@@ -13,8 +13,7 @@ from typing import Any
 
 from ckptavg.blocks import Action
 from ckptavg.checkpoint import Checkpoint
-from ckptavg.checkpoint.folder import read_json
-from ckptavg.destination import PROVENANCE_NAME
+from ckptavg.checkpoint.folder import PROVENANCE_NAME, read_json
 from ckptavg.errors import without_token
 from ckptavg.hub import pinned_reference
 from ckptavg.plan import AveragePlan, OutputPlan

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from ckptavg.checkpoint.folder import read_local_json
-from ckptavg.destination import PROVENANCE_NAME
+from ckptavg.checkpoint.folder import PROVENANCE_NAME, read_local_json
 from ckptavg.errors import UsageError
 from ckptavg.hub import CARD_NAME, parse_reference
 from ckptavg.tensors import PushResult

@@ -11,20 +11,24 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from ckptavg.checkpoint import Checkpoint, holds_weights
-from ckptavg.checkpoint.folder import WEIGHT_SUFFIXES, Folder, is_training_state
+from ckptavg.checkpoint.folder import (
+    PROVENANCE_NAME,
+    WEIGHT_SUFFIXES,
+    Folder,
+    is_training_state,
+)
 from ckptavg.checkpoint.position import Position, position_from_name, training_order
+from ckptavg.checkpoint.trainer_layouts import DEEPSPEED_STEP
 from ckptavg.errors import CheckpointError, IncompleteCheckpointError, SourceError
 from ckptavg.hub import natural_order
 from ckptavg.tensors import HubRevision
 
-PROVENANCE_NAME = "ckptavg.json"
 _MAX_DEPTH = 3
 _UNFINISHED = re.compile(
     r"(tmp|temp|_tmp)([-_.].*)?|.*[-_.](tmp|temp|part|partial|incomplete|lock)|.*\.partial-[0-9a-f]+",
     re.IGNORECASE,
 )
 _SHARD = re.compile(r".*-\d+-of-\d+\.\w+")
-_DEEPSPEED_STEP = re.compile(r"global_step\d+")
 # names for a checkpoint that is there under its number, too, and for what was made of several
 _SECOND_NAME = re.compile(
     r"(.*[-_.])?(last|latest|best|recovery|current|final|ave|avg|average|averaged)([-_.].*)?|\D*",
@@ -81,7 +85,7 @@ def _find(folder: Folder, prefix: str, depth: int) -> Run | None:
             names += [name] if not _SHARD.fullmatch(name) and (is_step or not has_weights) else []
         elif not is_folder and is_step and folder.leads_nowhere(name):
             names.append(name)  # to pass over it would be to guess
-        elif not is_folder or (has_weights and _DEEPSPEED_STEP.fullmatch(name)):
+        elif not is_folder or (has_weights and DEEPSPEED_STEP.fullmatch(name)):
             continue  # what DeepSpeed keeps beside a model's own weights
         elif is_step and has_weights:
             steps.append(name)
@@ -161,7 +165,7 @@ class Candidate:
         checkpoint: It, opened; None if that failed, or was not tried.
         problem: Why it cannot be opened.
         left_out: Why it is not among those to choose from.
-        is_followed: Whether its run has newer ones whose names do not match.
+        passed_over: Those of its run whose names do not match.
     """
 
     source: str | HubRevision
@@ -170,7 +174,7 @@ class Candidate:
     checkpoint: Checkpoint | None = None
     problem: CheckpointError | None = None
     left_out: str | None = None
-    is_followed: bool = False
+    passed_over: Sequence["Candidate"] = ()
 
     @property
     def label(self) -> str:
@@ -192,16 +196,6 @@ def in_order(candidates: Sequence[Candidate]) -> list[Candidate]:
     return [candidates[at] for at in training_order([one.position for one in candidates])]
 
 
-def mark_followed(candidates: Sequence[Candidate], others: Sequence[Candidate]) -> None:
-    """Note in checkpoints that newer ones of their run, by name, are among some others."""
-    for one in candidates:
-        rivals = [other for other in others if other.run is not None and other.run == one.run]
-        pairs = ([one.position, other.position] for other in rivals)
-        one.is_followed = any(
-            training_order(pair) == [0, 1] and pair[0] != pair[1] for pair in pairs
-        )
-
-
 def settle(members: Sequence[Candidate]) -> None:
     """Decide which of the checkpoints of one run are left out, and note why in each.
 
@@ -218,7 +212,7 @@ def settle(members: Sequence[Candidate]) -> None:
             one.left_out = f"it is no checkpoint, as none of its kind is: {one.problem}"
     numbered = [one for one in numbered if one.left_out is None]
     for one in reversed(_by_age(numbered)):
-        if _is_unfinished(one) and not one.is_followed:
+        if _is_unfinished(one) and not _is_followed(one):
             one.left_out = f"it is not whole: {one.problem}"
         elif one.problem is None and _lacks_state(one, numbered):
             one.left_out = "it is not finished: it has no trainer_state.json, which the others have"
@@ -302,6 +296,12 @@ def _is_same(one: Candidate, other: Candidate) -> bool:
         if value is not None and second is not None:
             return value == second
     return False
+
+
+def _is_followed(one: Candidate) -> bool:
+    """Tell whether its run has a newer one, by name, that does not match."""
+    pairs = ([one.position, other.position] for other in one.passed_over)
+    return any(training_order(pair) == [0, 1] and pair[0] != pair[1] for pair in pairs)
 
 
 def _is_unfinished(one: Candidate) -> bool:

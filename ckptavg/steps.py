@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from ckptavg._version import __version__
 from ckptavg.average import Job, Timings, average
 from ckptavg.checkpoint import ADAPTER_CONFIG_NAME
+from ckptavg.checkpoint.folder import PROVENANCE_NAME
 from ckptavg.derive import derive
 from ckptavg.derived import AdapterReport, Deviation, adapter_report, report_note
-from ckptavg.destination import PROVENANCE_NAME
 from ckptavg.errors import ProcessError
 from ckptavg.output import OutputDirectory
 from ckptavg.prepare import Prepared, prepared_average

@@ -16,6 +16,7 @@ from zlib import crc32
 from ckptavg.blocks import Action, TensorPlan
 from ckptavg.checkpoint.files import open_descriptor
 from ckptavg.checkpoint.pickle_names import STORAGE_DTYPES
+from ckptavg.checkpoint.strided import row_major_strides
 from ckptavg.hub.threads import in_parallel
 
 _STORAGE_CLASSES = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
@@ -290,7 +291,7 @@ def _pickle(
             storage + b"Q",  # BINPERSID
             _integer(0),
             _tuple(*map(_integer, shape)),
-            _tuple(*map(_integer, _row_major_strides(shape))),
+            _tuple(*map(_integer, row_major_strides(shape))),
             b"\x89",  # NEWFALSE: it requires no gradient
             shared(_ORDERED_DICT) + b")R",
         ]
@@ -335,11 +336,3 @@ def _tuple(*items: bytes) -> bytes:
     if len(items) <= 3:
         return b"".join(items) + b"\x85\x86\x87"[len(items) - 1 : len(items)]  # TUPLE1, 2, 3
     return b"(" + b"".join(items) + b"t"  # MARK, TUPLE
-
-
-def _row_major_strides(shape: Sequence[int]) -> list[int]:
-    strides, stride = [], 1
-    for size in reversed(shape):
-        strides.append(stride)
-        stride *= max(size, 1)
-    return strides[::-1]

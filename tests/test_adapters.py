@@ -992,3 +992,10 @@ def test_an_average_is_an_adapter_that_can_be_averaged_and_replaced(tmp_path: Pa
     assert_products(both.output, mean(all_products(made)), rtol=1e-14)
     (tmp_path / "out" / "ckptavg.json").unlink()  # a bare adapter
     average_checkpoints(made[0], tmp_path / "out", overwrite=True)
+
+
+def test_an_adapter_in_a_torch_file_can_be_replaced(tmp_path: Path) -> None:
+    paths = make(tmp_path, [{}, {}])[0]
+    for _ in range(2):
+        average_checkpoints(paths, tmp_path / "out", output_format="torch", overwrite=True)
+    assert (tmp_path / "out/adapter_model.bin").exists()

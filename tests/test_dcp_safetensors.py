@@ -223,6 +223,22 @@ def test_the_parts_win_over_what_torch_put_together(tmp_path: Path) -> None:
     assert any("rather than what torch put together" in note for note in checkpoint.notes)
 
 
+def test_a_state_key_is_refused_for_the_parts_beside_the_whole(tmp_path: Path) -> None:
+    tensors = {name: value for name, value in TENSORS.items() if value.is_floating_point()}
+    save_by_torch(tmp_path, tensors, enable_consolidation=True)
+    with pytest.raises(CheckpointError, match="--state-key is for torch files"):
+        open_checkpoint(tmp_path, state_key="ema")
+
+
+def test_parts_of_which_nothing_was_put_together_need_no_note(tmp_path: Path) -> None:
+    (tmp_path / "step-1").mkdir()
+    tensors = {"weight": torch.arange(6.0).reshape(3, 2)}
+    save_shards(tmp_path / "step-1/sharded", tensors, rows_of_two)
+    checkpoint = open_checkpoint(tmp_path / "step-1")
+    assert same_content(checkpoint, tensors)
+    assert not any("rather than what torch put together" in note for note in checkpoint.notes)
+
+
 def test_a_single_consolidated_file_beside_the_parts_wins(shards: Path) -> None:
     whole_tensors = {name: value + 1 for name, value in TENSORS.items()}
     save_file(whole_tensors, shards / "model.safetensors")

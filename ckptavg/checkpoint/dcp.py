@@ -14,7 +14,7 @@ from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.checkpoint.folder import Folder
 from ckptavg.checkpoint.pickle_values import Pairs, Storage, TensorView
 from ckptavg.checkpoint.safetensors import SafetensorsHeader, read_header
-from ckptavg.checkpoint.sharded import AnyPlace, Part, Place, assembled, row_major_strides
+from ckptavg.checkpoint.sharded import AnyPlace, Part, Place, assembled
 from ckptavg.checkpoint.state_dict import (
     EPOCH_KEYS,
     STEP_KEYS,
@@ -25,12 +25,14 @@ from ckptavg.checkpoint.state_dict import (
     some,
 )
 from ckptavg.checkpoint.stored import StoredCheckpoint
+from ckptavg.checkpoint.strided import row_major_strides
 from ckptavg.checkpoint.torch_file import add_training_facts, place_view
 from ckptavg.checkpoint.torch_zip import TorchZip
 from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 from ckptavg.tensors import TensorInfo
 
 _MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"})
+_STATES = ("train_state", "trainer_state", "training_state", "state", "progress")
 _FACTS_NAMES = ("meta.pt", "common.pt")
 _MAX_FACTS_BYTES = 64 * 2**20
 LAYOUT = "torch.distributed.checkpoint directory"
@@ -298,13 +300,15 @@ def _nested(metadata: DcpMetadata, label: str) -> Pairs:
     for path in paths.values():
         head, _, rest = path[0].partition(".")
         rests.setdefault(head if len(path) == 1 and rest else "", set()).add(rest or path[0])
+    apart = {  # Megatron's optimizer, somebody's ema.
+        head
+        for head in rests
+        if is_training_state(head)
+        or (is_average(head) and rests[head] <= _others(rests, head) | paths.keys())
+    }
     for name, path in list(paths.items()):
         head, _, rest = path[0].partition(".")
-        if len(path) > 1 or not rest:
-            continue
-        others = set().union(*(rests[one] for one in rests if one != head))
-        is_copy = is_average(head) and rests[head] <= others | set(paths)
-        if is_training_state(head) or is_copy:  # Megatron's optimizer, somebody's ema.
+        if len(path) == 1 and rest and head in apart:
             paths[name] = (head, rest)
     root = Pairs()
     taken: dict[tuple[int, str], Any] = {}  # mapping and key -> what is there
@@ -338,6 +342,10 @@ def _nested(metadata: DcpMetadata, label: str) -> Pairs:
     return root
 
 
+def _others(rests: dict[str, set[str]], head: str) -> set[str]:
+    return set().union(*(rests[one] for one in rests if one != head))
+
+
 def _state_number(metadata: DcpMetadata, files: _Files, keys: Sequence[str]) -> int | None:
     """Return the first number of some that the training state holds: its step, or its epoch."""
     by_key: dict[str, str] = {}
@@ -363,6 +371,3 @@ def _state_number(metadata: DcpMetadata, files: _Files, keys: Sequence[str]) -> 
         if type(value) is int and 0 <= value < _MAX_SIZE:
             return value
     return None
-
-
-_STATES = ("train_state", "trainer_state", "training_state", "state", "progress")

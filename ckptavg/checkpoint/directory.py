@@ -108,9 +108,6 @@ def _open_weights(folder: Folder, state_key: str | None) -> StoredCheckpoint:
         raise CheckpointError(
             f"{label}: holds several models ({several[0]} beside the first); name the file of one"
         )
-    originals = sharded_originals(folder)
-    if originals is not None:
-        return originals
     for index_name, single_name, layout in _INDEXED:
         # a link that leads nowhere is there, too: to pass over it would be to guess
         has_index, has_single = folder.has(index_name), folder.has(single_name)
@@ -119,6 +116,11 @@ def _open_weights(folder: Folder, state_key: str | None) -> StoredCheckpoint:
                 f"{label}: holds both {single_name} and {index_name}; remove the stale one, "
                 "or name the file itself"
             )
+        originals = None
+        if has_index or has_single:
+            originals = sharded_originals(folder, state_key=state_key)
+        if originals is not None:
+            return originals
         if has_index:
             return _open_sharded(folder, index_name, layout=layout, state_key=state_key)
         if has_single:

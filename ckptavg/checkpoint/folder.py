@@ -11,6 +11,7 @@ from ckptavg.checkpoint.files import PositionalFile, ReadableFile
 from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 from ckptavg.tensors import HubRevision
 
+PROVENANCE_NAME = "ckptavg.json"
 MAX_SIDE_FILE_BYTES = 256 * 2**20
 TEMPLATE_DIRECTORY = "additional_chat_templates"
 _MAX_JSON_BYTES = 100_000_000

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ckptavg.checkpoint.files import ReadableFile
-from ckptavg.checkpoint.strided import blocks, is_row_major, read_box
+from ckptavg.checkpoint.strided import blocks, is_row_major, read_box, row_major_strides
 from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 from ckptavg.tensors import TensorInfo
 
@@ -120,11 +120,6 @@ def assembled(info: TensorInfo, parts: Sequence[Part], what: str) -> AnyPlace:
     if all(part.place.strides is None and _is_run(info.shape, part.shape) for part in parts):
         return Rows(info, parts)
     return Boxes(info, parts)
-
-
-def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the strides, in elements, of a tensor whose elements lie in row-major order."""
-    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def _is_run(whole: tuple[int, ...], part: tuple[int, ...]) -> bool:

@@ -5,7 +5,7 @@ row-major. Any range of their row-major data is put together from blocks small e
 through a bounded scratch buffer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -26,6 +26,15 @@ def is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
             return False
         expected *= size
     return True
+
+
+def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides, in elements, that torch gives a tensor in row-major order."""
+    strides, stride = [], 1
+    for size in reversed(shape):
+        strides.append(stride)
+        stride *= max(size, 1)
+    return tuple(reversed(strides))
 
 
 def extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:

@@ -40,8 +40,11 @@ class TorchArchive(Protocol):
     def prefetch(self, storages: Iterable[Storage]) -> None:
         """Hear which storages ``locate`` will be asked for."""
 
-    def locate(self, storage: Storage, name: str) -> int:
-        """Return where the bytes of a storage begin in the file."""
+    def nbytes_of(self, key: str) -> int | None:
+        """Return the bytes of a storage; None if it is not there."""
+
+    def locate(self, key: str, name: str) -> int:
+        """Return where the bytes of a storage, which is there, begin; ``name`` needs it."""
 
 
 def open_torch_file(
@@ -156,5 +159,13 @@ def place_view(file: ReadableFile, archive: TorchArchive, name: str, view: Tenso
             f"elements as {numel}; save a contiguous copy"
         )
     strides = None if is_row_major(view.shape, view.strides) else view.strides
-    start = archive.locate(view.storage, name)
+    stored_nbytes = archive.nbytes_of(view.storage.key)
+    if stored_nbytes is None:
+        raise CheckpointError(f"{file.label}: the storage of tensor '{name}' is missing")
+    if stored_nbytes != view.storage.nbytes:  # each reference to a storage states its size anew
+        raise CheckpointError(
+            f"{file.label}: the storage of tensor '{name}' has {stored_nbytes} bytes, "
+            f"expected {view.storage.nbytes}"
+        )
+    start = archive.locate(view.storage.key, name)
     return Place(file, start + view.offset * itemsize, strides)

@@ -68,31 +68,28 @@ class TorchLegacy:
             ]
         )
 
-    def locate(self, storage: Storage, name: str) -> int:
-        """Return where the bytes of a storage begin in the file.
+    def nbytes_of(self, key: str) -> int | None:
+        """Return the bytes of a storage; None if it is not there."""
+        return self._storages[key][1].nbytes if key in self._storages else None
+
+    def locate(self, key: str, name: str) -> int:
+        """Return where the bytes of a storage, which is there, begin in the file.
 
         Args:
-            storage: Which one.
+            key: Which one.
             name: The tensor that needs it, for messages.
 
         Raises:
-            CheckpointError: If it is not there, or not as long as the pickle says.
+            CheckpointError: If it has another number of elements than its pickle says.
         """
-        if storage.key not in self._storages:
-            raise self._refuse(f"the storage of tensor '{name}' is missing")
-        start, stored = self._storages[storage.key]
-        if storage.nbytes != stored.nbytes:  # each reference to a storage states its size anew
-            raise self._refuse(
-                f"the storage of tensor '{name}' has {stored.nbytes} bytes, "
-                f"expected {storage.nbytes}"
-            )
-        if storage.key not in self._counted:
+        start, stored = self._storages[key]
+        if key not in self._counted:
             (count,) = _COUNT.unpack(self._file.read(start - _COUNT.size, _COUNT.size))
             if count != stored.numel:
                 raise self._refuse(
                     f"the storage of tensor '{name}' has {count} elements, expected {stored.numel}"
                 )
-            self._counted.add(storage.key)
+            self._counted.add(key)
         return start
 
     def _next_pickle(self) -> FoundPickle:

@@ -52,27 +52,21 @@ class TorchZip:
         members = (self._directory.members.get(f"{self._top}data/{key}") for key in keys)
         self._directory.prefetch_headers(member for member in members if member is not None)
 
-    def locate(self, storage: Storage, name: str) -> int:
-        """Return where the bytes of a storage begin in the file.
+    def nbytes_of(self, key: str) -> int | None:
+        """Return the bytes of a storage; None if it is not there."""
+        member = self._directory.members.get(f"{self._top}data/{key}")
+        return None if member is None else member.nbytes
 
-        Args:
-            storage: Which one.
-            name: The tensor that needs it, for messages.
+    def locate(self, key: str, name: str) -> int:
+        """Return where the bytes of a storage, which is there, begin in the file.
 
         Raises:
-            CheckpointError: If it is not there, or not as long as the pickle says.
+            CheckpointError: If its header is damaged.
         """
-        member = self._directory.members.get(f"{self._top}data/{storage.key}")
-        if member is None:
-            raise self._refuse(f"the storage of tensor '{name}' is missing")
-        if member.nbytes != storage.nbytes:  # each reference to a storage states its size anew
-            raise self._refuse(
-                f"the storage of tensor '{name}' has {member.nbytes} bytes, "
-                f"expected {storage.nbytes}"
-            )
-        if storage.key not in self._data_offsets:
-            self._data_offsets[storage.key] = self._directory.data_offset(member)
-        return self._data_offsets[storage.key]
+        if key not in self._data_offsets:
+            member = self._directory.members[f"{self._top}data/{key}"]
+            self._data_offsets[key] = self._directory.data_offset(member)
+        return self._data_offsets[key]
 
     def _read(self, member: Member, max_bytes: int) -> bytes:
         if member.nbytes > max_bytes:

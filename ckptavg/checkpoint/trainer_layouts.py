@@ -24,7 +24,7 @@ ACCELERATE_FSDP_FILE = "pytorch_model_fsdp.bin"
 _DEEPSPEED_WEIGHTS = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _DEEPSPEED_ZERO3 = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
 _DEEPSPEED_OTHER = re.compile(r"(layer|expert)_\d+.*_states\.pt")
-_DEEPSPEED_STEP = re.compile(r"global_step\d+")
+DEEPSPEED_STEP = re.compile(r"global_step\d+")
 _OPTIMIZER_FOLDER = re.compile(r"optim.*", re.IGNORECASE)
 _MEGATRON_RANK = re.compile(r"mp_rank_\d{2,}(_\d{3,})*")
 
@@ -74,7 +74,7 @@ _FOREIGN_FORMATS = (
 
 def is_trainer_layout(folder: Folder, names: Sequence[str]) -> bool:
     """Tell by names whether a folder is a checkpoint of one of the layouts that are read here."""
-    steps = [name for name in names if _DEEPSPEED_STEP.fullmatch(name)]
+    steps = [name for name in names if DEEPSPEED_STEP.fullmatch(name)]
     return (
         ACCELERATE_FSDP_FILE in names
         or any(map(_DEEPSPEED_WEIGHTS.fullmatch, names))
@@ -84,7 +84,7 @@ def is_trainer_layout(folder: Folder, names: Sequence[str]) -> bool:
     )
 
 
-def sharded_originals(folder: Folder) -> StoredCheckpoint | None:
+def sharded_originals(folder: Folder, *, state_key: str | None) -> StoredCheckpoint | None:
     """Open what ``HuggingFaceStorageWriter(enable_consolidation=True)`` put together, in parts.
 
     It leaves the parts in ``sharded/`` beside the whole files; torch 2.13 writes 0 for every tensor
@@ -96,7 +96,7 @@ def sharded_originals(folder: Folder) -> StoredCheckpoint | None:
     shards = [name for name in inner.names() if is_dcp_shard(name)]
     if not shards:
         return None
-    checkpoint = open_dcp_safetensors(inner, shards, state_key=None)
+    checkpoint = open_dcp_safetensors(inner, shards, state_key=state_key)
     checkpoint.label = folder.label
     checkpoint.notes = [
         *checkpoint.notes,
@@ -113,9 +113,8 @@ def open_trainer_layout(folder: Folder, *, state_key: str | None) -> StoredCheck
         CheckpointError: If it is one that is not read, or damaged.
     """
     names = folder.names()
-    for name in names:
-        if name == ACCELERATE_FSDP_FILE:
-            return _open_inside(folder, name, state_key, "accelerate FSDP directory")
+    if ACCELERATE_FSDP_FILE in names:
+        return _open_inside(folder, ACCELERATE_FSDP_FILE, state_key, "accelerate FSDP directory")
     for recognise in (_deepspeed, _inner_dcp):
         checkpoint = recognise(folder, names, state_key)
         if checkpoint is not None:
@@ -151,7 +150,7 @@ def _deepspeed(
     ``global_step<N>`` with ``mp_rank_00_model_states.pt``, whose ``module`` is the state dict; with
     ZeRO-3 every process writes files of its own, and ``module`` holds empty tensors.
     """
-    steps = [name for name in names if _DEEPSPEED_STEP.fullmatch(name) and folder.is_folder(name)]
+    steps = [name for name in names if DEEPSPEED_STEP.fullmatch(name) and folder.is_folder(name)]
     inner, prefix = folder, ""
     if steps:
         tag = _latest(folder) or (steps[0] if len(steps) == 1 else "")
@@ -198,10 +197,10 @@ def _zero_to_fp32(label: str, tag: str, *, alone: bool) -> str:
     outer = target = PurePosixPath(label)
     if not tag:
         tag = outer.name
-        outer = outer.parent if _DEEPSPEED_STEP.fullmatch(tag) else outer / ".."
+        outer = outer.parent if DEEPSPEED_STEP.fullmatch(tag) else outer / ".."
     elif not alone:
         target = outer / tag
-    option = f" -t {tag}" if _DEEPSPEED_STEP.fullmatch(tag) else ""  # else what `latest` says
+    option = f" -t {tag}" if DEEPSPEED_STEP.fullmatch(tag) else ""  # else what `latest` says
     script, root, into = (
         shlex.quote(str(path)) for path in (outer / "zero_to_fp32.py", outer, target)
     )

@@ -45,7 +45,7 @@ _FILES_AT_ONCE = 5
 _HAS_MOVED = 412  # what the Hub answers if the branch is not where a commit expects it
 _WEIGHTS = (
     "*.safetensors", "*.safetensors.index.json",
-    "pytorch_model*.bin", "pytorch_model.bin.index.json", "model.pt",
+    "pytorch_model*.bin", "pytorch_model.bin.index.json", "model.pt", "adapter_model.bin",
 )  # fmt: skip
 
 
