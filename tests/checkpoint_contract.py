@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ckptavg.checkpoint import Checkpoint, open_checkpoint
-from ckptavg.errors import CheckpointError
+from ckptavg.errors import CheckpointError, CkptavgError
 from ckptavg.tensors import Piece
 
 DTYPES = (
@@ -73,6 +73,26 @@ def same_content(checkpoint: Checkpoint, expected: Mapping[str, Tensor]) -> bool
         name: (str(value.dtype).removeprefix("torch."), tuple(value.shape), bytes_of(value))
         for name, value in expected.items()
     }
+
+
+def refused_at_every_length(path: Path) -> None:
+    """Check that a file is refused wherever it is cut short; it is not put back."""
+    raw = path.read_bytes()
+    for length in range(len(raw)):
+        path.write_bytes(raw[:length])
+        with pytest.raises(CheckpointError):
+            open_checkpoint(path)
+
+
+def read_if_accepted(path: Path) -> None:
+    """Check that a damaged checkpoint is refused, or can be read; nothing else may happen."""
+    try:
+        checkpoint = open_checkpoint(path)
+    except CkptavgError:
+        return
+    for name in checkpoint.tensors:
+        read_tensor(checkpoint, name)
+    checkpoint.close()
 
 
 class CheckpointContract:

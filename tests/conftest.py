@@ -37,6 +37,12 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut the work into blocks of 4000 bytes, so that small checkpoints have several."""
+    monkeypatch.setattr("ckptavg.blocks.BLOCK_NBYTES", 4000)
+
+
+@pytest.fixture
 def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
     """Return ``make(name, tensors, layout="safetensors")``, which saves a checkpoint."""
 

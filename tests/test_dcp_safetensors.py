@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_contract import CheckpointContract, bytes_of, read_tensor, same_content
+from checkpoint_contract import (
+    CheckpointContract,
+    bytes_of,
+    read_if_accepted,
+    read_tensor,
+    same_content,
+)
 from dcp_files import Box, cut, grid, part_of, whole
 from hostile import entry, safetensors_bytes
 from hostile import whole as exactly
@@ -20,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from ckptavg import average_checkpoints
 from ckptavg.checkpoint import open_checkpoint
-from ckptavg.errors import CheckpointError, CkptavgError
+from ckptavg.errors import CheckpointError
 
 LAYOUT = "torch.distributed.checkpoint safetensors directory"
 NAME = "shard-{:05d}-model-{:05d}-of-{:05d}.safetensors"
@@ -402,10 +408,4 @@ def test_every_truncation_and_changed_byte_is_refused_or_leaves_a_checkpoint(
             changed = bytearray(raw)
             changed[at] ^= change
             (path / SECOND).write_bytes(changed)
-            try:
-                checkpoint = open_checkpoint(path)
-            except CkptavgError:
-                continue
-            for name in checkpoint.tensors:
-                read_tensor(checkpoint, name)
-            checkpoint.close()
+            read_if_accepted(path)

@@ -220,14 +220,7 @@ def test_everything_else_is_passed_on(tmp_path: Path) -> None:
         assert getattr(renamed, attribute) == getattr(checkpoint, attribute)
 
 
-class TestCheckpointUnderTheNamesOfAnother(CheckpointContract):
-    layout = "torch file"
-
-    def save(self, directory: Path, tensors: Mapping[str, Tensor]) -> Path:
-        path = directory / "model.pt"
-        torch.save({f"module.{name}": value for name, value in tensors.items()}, path)
-        return path
-
+class TestCheckpointUnderTheNamesOfAnother(TestRenamedCheckpoint):
     def open(self, path: Path) -> Checkpoint:
         """The last has the prefix net., which is taken back."""
         one = open_checkpoint(path)

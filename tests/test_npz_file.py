@@ -14,7 +14,9 @@ import torch
 from checkpoint_contract import (
     CheckpointContract,
     bytes_of,
+    read_if_accepted,
     read_tensor,
+    refused_at_every_length,
     same_content,
     sample_tensors,
 )
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from ckptavg import average_checkpoints
 from ckptavg.checkpoint import open_checkpoint
-from ckptavg.errors import CheckpointError, CkptavgError
+from ckptavg.errors import CheckpointError
 
 
 class TestNpzFile(CheckpointContract):
@@ -229,12 +231,7 @@ def small_file(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:
-    path, _ = small_file(tmp_path)
-    raw = path.read_bytes()
-    for length in range(len(raw)):
-        path.write_bytes(raw[:length])
-        with pytest.raises(CheckpointError):
-            open_checkpoint(path)
+    refused_at_every_length(small_file(tmp_path)[0])
 
 
 def test_changed_bytes_are_refused_or_harmless(tmp_path: Path) -> None:
@@ -247,10 +244,4 @@ def test_changed_bytes_are_refused_or_harmless(tmp_path: Path) -> None:
         changed = bytearray(raw)
         changed[at] ^= rng.randint(1, 255)
         path.write_bytes(changed)
-        try:
-            checkpoint = open_checkpoint(path)
-        except CkptavgError:
-            continue
-        for name in checkpoint.tensors:
-            read_tensor(checkpoint, name)
-        checkpoint.close()
+        read_if_accepted(path)

@@ -17,15 +17,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ckptavg import BnPass, OutputError, ProcessEndedError, average_checkpoints
-from ckptavg import blocks as blocks_module
 from ckptavg.journal import JOURNAL_PREFIX, Journal, read_journals, remove_journals
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
 N_BLOCKS = 10
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks_module, "BLOCK_NBYTES", 4000)
 
 
 @pytest.fixture

@@ -32,7 +32,6 @@ from ckptavg import (
     plan_average,
     recompute_bn,
 )
-from ckptavg import blocks as blocks_module
 from ckptavg import torch_writer as writer_module
 from ckptavg.blocks import Action, TensorPlan
 from ckptavg.tensors import COMPLEX32, FLOAT16, FLOAT32, DType, TensorInfo
@@ -315,11 +314,6 @@ def test_a_directory_with_a_model_pt_is_a_model(tmp_path: Path) -> None:
 
 
 # ---- interruptions
-
-
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks_module, "BLOCK_NBYTES", 4000)
 
 
 @pytest.fixture

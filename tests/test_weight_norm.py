@@ -118,18 +118,25 @@ def loaded(make: Make, state: dict[str, Tensor]) -> nn.Module:
     return layer.eval()
 
 
-@pytest.mark.parametrize("case", WEIGHT_NORMED)
-@pytest.mark.parametrize("coefficients", [None, (0.5, 1.25, -0.75)])
-def test_a_weight_normed_layer_gets_the_mean_weight(
-    tmp_path: Path, case: str, coefficients: tuple[float, ...] | None
-) -> None:
-    make = WEIGHT_NORMED[case]
+def averaged_and_mean(
+    tmp_path: Path, make: Make, coefficients: tuple[float, ...] | None
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Return the average of three layers, its weight, and the mean of their weights."""
     layers = [trained(make, seed) for seed in range(3)]
     state = average(tmp_path, layers, coefficients=coefficients)
     (found,) = weights64([loaded(make, state)])
     shares = coefficients or (1 / 3,) * 3
     expected = sum(c * w for c, w in zip(shares, weights64(layers), strict=True))
     assert isinstance(expected, Tensor)
+    return state, found, expected
+
+
+@pytest.mark.parametrize("case", WEIGHT_NORMED)
+@pytest.mark.parametrize("coefficients", [None, (0.5, 1.25, -0.75)])
+def test_a_weight_normed_layer_gets_the_mean_weight(
+    tmp_path: Path, case: str, coefficients: tuple[float, ...] | None
+) -> None:
+    _, found, expected = averaged_and_mean(tmp_path, WEIGHT_NORMED[case], coefficients)
     torch.testing.assert_close(found, expected, rtol=2**-22, atol=1e-12)
 
 
@@ -208,13 +215,7 @@ def test_many_channels_are_worked_on_in_parts(tmp_path: Path) -> None:
 def test_a_spectral_normed_layer_gets_the_mean_weight_at_norm_1(
     tmp_path: Path, case: str, coefficients: tuple[float, ...] | None
 ) -> None:
-    make = SPECTRAL_NORMED[case]
-    layers = [trained(make, seed) for seed in range(3)]
-    state = average(tmp_path, layers, coefficients=coefficients)
-    (found,) = weights64([loaded(make, state)])
-    shares = coefficients or (1 / 3,) * 3
-    expected = sum(c * w for c, w in zip(shares, weights64(layers), strict=True))
-    assert isinstance(expected, Tensor)
+    state, found, expected = averaged_and_mean(tmp_path, SPECTRAL_NORMED[case], coefficients)
     dim = 1 if "transposed" in case else 0
     sigma = torch.linalg.matrix_norm(expected.movedim(dim, 0).flatten(1), 2)
     torch.testing.assert_close(found, expected / sigma, rtol=1e-6, atol=1e-8)
