@@ -13,6 +13,7 @@ from typing import NamedTuple
 from ckptavg.checkpoint import Checkpoint, holds_weights
 from ckptavg.checkpoint.folder import (
     PROVENANCE_NAME,
+    SHARD_NAME,
     WEIGHT_SUFFIXES,
     Folder,
     is_training_state,
@@ -28,7 +29,6 @@ _UNFINISHED = re.compile(
     r"(tmp|temp|_tmp)([-_.].*)?|.*[-_.](tmp|temp|part|partial|incomplete|lock)|.*\.partial-[0-9a-f]+",
     re.IGNORECASE,
 )
-_SHARD = re.compile(r".*-\d+-of-\d+\.\w+")
 # names for a checkpoint that is there under its number, too, and for what was made of several
 _SECOND_NAME = re.compile(
     r"(.*[-_.])?(last|latest|best|recovery|current|final|ave|avg|average|averaged)([-_.].*)?|\D*",
@@ -82,7 +82,9 @@ def _find(folder: Folder, prefix: str, depth: int) -> Run | None:
         if _UNFINISHED.fullmatch(name):
             unfinished += [name] if is_folder or is_weights or is_step else []
         elif is_weights:
-            names += [name] if not _SHARD.fullmatch(name) and (is_step or not has_weights) else []
+            names += (
+                [name] if not SHARD_NAME.fullmatch(name) and (is_step or not has_weights) else []
+            )
         elif not is_folder and is_step and folder.leads_nowhere(name):
             names.append(name)  # to pass over it would be to guess
         elif not is_folder or (has_weights and DEEPSPEED_STEP.fullmatch(name)):

@@ -848,3 +848,9 @@ def test_a_truncated_file_of_another_kind_is_no_picture() -> None:
     os.truncate("run/epoch=1-step=150-v1.ckpt", 50)
     with pytest.raises(CkptavgError):
         open_sources("run")
+
+
+def test_files_that_count_to_a_last_epoch_are_no_shards() -> None:
+    for epoch in (1, 2, 3):
+        torch_file(f"run/epoch-{epoch}-of-10.pt", epoch=epoch)
+    assert taken("run", last=2) == ["epoch-2-of-10.pt", "epoch-3-of-10.pt"]

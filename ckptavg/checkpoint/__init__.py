@@ -1,6 +1,5 @@
 """Readers of saved checkpoints: one protocol, whatever the layout; opening reads headers only."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from ckptavg.checkpoint.adapter import (
 )
 from ckptavg.checkpoint.directory import holds_weights, open_directory
 from ckptavg.checkpoint.files import PositionalFile
-from ckptavg.checkpoint.folder import LocalFolder
+from ckptavg.checkpoint.folder import SHARD_NAME, LocalFolder
 from ckptavg.checkpoint.formats import open_file
 from ckptavg.checkpoint.hub_folder import HubFolder, names_a_file, open_hub_weights
 from ckptavg.checkpoint.naming import normalise_names, under_last_names
@@ -26,8 +25,6 @@ from ckptavg.tensors import HubRevision
 
 if TYPE_CHECKING:  # importing huggingface_hub takes longer than averaging many models
     from ckptavg.hub.connection import HubConnection
-
-_SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.\w+")
 
 __all__ = [
     "ADAPTER_CONFIG_NAME",
@@ -104,7 +101,7 @@ def _refuse_parts(name: str, label: str) -> None:
     Raises:
         CheckpointError: If its name says so.
     """
-    shard = _SHARD.fullmatch(name)
+    shard = SHARD_NAME.fullmatch(name)
     if (shard is not None and int(shard[1]) > 1) or name.endswith(".distcp"):
         raise CheckpointError(f"{label}: is a part of a checkpoint; name the folder it lies in")
 

@@ -41,6 +41,8 @@ _TRAINING_STATE = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
+# one of several files of a model, as all writers number them
+SHARD_NAME = re.compile(r".*-\d{5}-of-(\d{5})\.\w+")
 WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".npz")
 
 
