@@ -39,7 +39,7 @@ if TYPE_CHECKING:
         recompute_bn,
     )
     from ckptavg.plan import AveragePlan, plan_average
-    from ckptavg.recipe import Recipe, Scheme, parse_scheme
+    from ckptavg.recipe import Recipe
     from ckptavg.results import (
         AverageResult,
         BnPass,
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         RunInfo,
         StageTimes,
     )
+    from ckptavg.schemes import Scheme, parse_scheme
     from ckptavg.selection import Selection
     from ckptavg.tensors import HubRevision, PushResult
 
@@ -84,7 +85,7 @@ _HOME = {
     "Recipe": "recipe",
     "RunCheckpoint": "results",
     "RunInfo": "results",
-    "Scheme": "recipe",
+    "Scheme": "schemes",
     "Selection": "selection",
     "SourceError": "errors",
     "StageTimes": "results",
@@ -95,7 +96,7 @@ _HOME = {
     "inspect_run": "pipeline",
     "model_from": "model_zoo",
     "open_checkpoint": "checkpoint",
-    "parse_scheme": "recipe",
+    "parse_scheme": "schemes",
     "plan_average": "plan",
     "push_model": "pipeline",
     "recompute_bn": "pipeline",

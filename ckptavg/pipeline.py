@@ -22,7 +22,7 @@ from ckptavg.prepare import chosen_schemes
 from ckptavg.processes import joined_processes
 from ckptavg.provenance import weight_file_metadata
 from ckptavg.publishing import push_written
-from ckptavg.recipe import Accumulate, Buffers, OutputDType, Recipe, Scheme
+from ckptavg.recipe import Accumulate, Buffers, OutputDType, Recipe
 from ckptavg.results import (
     AverageResult,
     BnPass,
@@ -32,6 +32,7 @@ from ckptavg.results import (
     RunInfo,
     StageTimes,
 )
+from ckptavg.schemes import Scheme
 from ckptavg.selection import Selection
 from ckptavg.sources import HubAccess, SingleCheckpoint, Source, expand_sources
 from ckptavg.steps import (

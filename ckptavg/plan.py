@@ -14,6 +14,7 @@ from typing import get_args
 from ckptavg._version import __version__
 from ckptavg.blocks import TAKE_CHUNK_NBYTES, Action, Chunk, TensorPlan, cut_into_blocks
 from ckptavg.checkpoint import ADAPTER_WEIGHTS_NAMES, Checkpoint
+from ckptavg.coefficients import CoefficientRow
 from ckptavg.compatibility import refuse_differences, refuse_unaveragable, tied_names
 from ckptavg.derived import (
     NOTHING_DERIVED,
@@ -24,7 +25,8 @@ from ckptavg.derived import (
 )
 from ckptavg.errors import IncompatibleCheckpointsError, UsageError
 from ckptavg.hub import split_into_shards
-from ckptavg.recipe import CoefficientRow, Recipe, Scheme, coefficient_row, output_names
+from ckptavg.recipe import Recipe
+from ckptavg.schemes import Scheme, coefficient_row, output_names
 from ckptavg.tensors import (
     DTYPE_BY_NAME,
     DType,

@@ -22,8 +22,9 @@ from ckptavg.gathering import close_all, open_source, open_sources, order_by_pos
 from ckptavg.plan import AveragePlan, check_format, plan_average
 from ckptavg.processes import Processes
 from ckptavg.provenance import earlier_provenance, last_averaged
-from ckptavg.recipe import Recipe, Scheme, parse_scheme
+from ckptavg.recipe import Recipe
 from ckptavg.results import BnPass
+from ckptavg.schemes import Scheme, parse_scheme
 from ckptavg.selection import Selection
 from ckptavg.side_files import SideFile, find_side_files, inherited_front_matter
 from ckptavg.sources import HubAccess, Source

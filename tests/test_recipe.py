@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from ckptavg import Recipe, Scheme, UsageError
-from ckptavg.recipe import coefficient_row
+from ckptavg.schemes import coefficient_row
 
 
 def explicit(*coefficients: float) -> Scheme:

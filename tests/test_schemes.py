@@ -21,7 +21,8 @@ from ckptavg import (
 )
 from ckptavg.average.sums import running_sums
 from ckptavg.cli import run
-from ckptavg.recipe import CoefficientRow, coefficient_row, output_names
+from ckptavg.coefficients import CoefficientRow
+from ckptavg.schemes import coefficient_row, output_names
 
 SCHEMES = (
     "uniform",

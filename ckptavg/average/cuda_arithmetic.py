@@ -18,7 +18,7 @@ from ckptavg.average.sums import (
     sum_of_row,
 )
 from ckptavg.blocks import Chunk
-from ckptavg.recipe import CoefficientRow
+from ckptavg.coefficients import CoefficientRow
 from ckptavg.tensors import DType
 
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -29,7 +29,7 @@ from ckptavg.average.sums import (
     sum_of_row,
 )
 from ckptavg.blocks import Chunk
-from ckptavg.recipe import CoefficientRow
+from ckptavg.coefficients import CoefficientRow
 from ckptavg.tensors import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
 
 _CACHE_LINE_NBYTES = 64

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ckptavg.recipe import CoefficientRow
+from ckptavg.coefficients import CoefficientRow
 from ckptavg.tensors import FLOAT32, FLOAT64, DType
 
 

@@ -65,7 +65,7 @@ class Coefficients(click.ParamType[tuple[float, ...]]):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[float, ...]:
         """Return the numbers."""
-        from ckptavg.recipe import parse_coefficients
+        from ckptavg.schemes import parse_coefficients
 
         if isinstance(value, tuple):
             return value

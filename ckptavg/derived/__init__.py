@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptavg.checkpoint import Checkpoint
+from ckptavg.coefficients import CoefficientRow
 from ckptavg.derived.adapter_config import AdapterConfig
 from ckptavg.derived.adapter_output import AdapterReport, adapter_report, report_note
 from ckptavg.derived.adapter_rules import adapter_configs
@@ -17,7 +18,7 @@ from ckptavg.derived.lora_modules import factor_names
 from ckptavg.derived.protocol import Deviation, Group, Inputs, Part
 from ckptavg.derived.spectral_norm import find_spectral_norms
 from ckptavg.derived.weight_norm import find_weight_norms
-from ckptavg.recipe import CoefficientRow, Recipe
+from ckptavg.recipe import Recipe
 from ckptavg.tensors import TensorInfo
 
 __all__ = [

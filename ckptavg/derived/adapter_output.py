@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from ckptavg.coefficients import CoefficientRow
 from ckptavg.derived.adapter_config import AdapterConfig, pattern_key
 from ckptavg.derived.adapter_rules import changes_base
 from ckptavg.derived.lora_groups import ConcatenatedGroup, TruncatedGroup
-from ckptavg.recipe import CoefficientRow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ckptavg.checkpoint import Checkpoint
+from ckptavg.coefficients import CoefficientRow
 from ckptavg.derived.adapter_config import LORA, AdapterConfig
 from ckptavg.derived.adapter_output import json_config, ranks_and_alphas
 from ckptavg.derived.adapter_rules import (
@@ -18,7 +19,7 @@ from ckptavg.derived.adapter_rules import (
 from ckptavg.derived.lora_groups import ConcatenatedGroup, MeasuredGroup, TruncatedGroup
 from ckptavg.derived.lora_modules import LoraModule, lora_modules
 from ckptavg.errors import IncompatibleCheckpointsError
-from ckptavg.recipe import CoefficientRow, Recipe
+from ckptavg.recipe import Recipe
 
 LoraGroup = ConcatenatedGroup | TruncatedGroup | MeasuredGroup
 

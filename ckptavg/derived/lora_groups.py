@@ -11,11 +11,11 @@ from fractions import Fraction
 
 import numpy as np
 
+from ckptavg.coefficients import CoefficientRow
 from ckptavg.derived.adapter_config import alpha_at_rank
 from ckptavg.derived.lora_modules import LoraModule
 from ckptavg.derived.protocol import PART_NUMEL, Array, Deviation, Inputs, Part, flat, spans_of
 from ckptavg.errors import IncompatibleCheckpointsError
-from ckptavg.recipe import CoefficientRow
 from ckptavg.tensors import TensorInfo
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptavg.recipe import CoefficientRow
+from ckptavg.coefficients import CoefficientRow
 from ckptavg.tensors import TensorInfo
 
 Array = NDArray[np.float64]

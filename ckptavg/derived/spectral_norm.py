@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ckptavg.coefficients import CoefficientRow
 from ckptavg.derived.protocol import Array, Deviation, Inputs, Part, flat
 from ckptavg.errors import IncompatibleCheckpointsError
-from ckptavg.recipe import CoefficientRow
 from ckptavg.tensors import TensorInfo
 
 # torch.nn.utils.spectral_norm, and torch.nn.utils.parametrizations.spectral_norm

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from ckptavg.coefficients import CoefficientRow
 from ckptavg.derived.protocol import PART_NUMEL, Array, Deviation, Inputs, Part, flat, spans_of
 from ckptavg.errors import IncompatibleCheckpointsError
-from ckptavg.recipe import CoefficientRow
 from ckptavg.tensors import TensorInfo
 
 # torch.nn.utils.weight_norm, and torch.nn.utils.parametrizations.weight_norm
