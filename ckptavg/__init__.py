@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         SourceError,
         UsageError,
     )
+    from ckptavg.eval_command import EvalCommand
     from ckptavg.model_zoo import ModelFromConfig, model_from
     from ckptavg.pipeline import (
         average_checkpoints,
@@ -64,6 +65,7 @@ _HOME = {
     "BnConvergence": "batchnorm",
     "BnLayerReport": "batchnorm",
     "BnPass": "results",
+    "EvalCommand": "eval_command",
     "BnReport": "batchnorm",
     "Checkpoint": "checkpoint",
     "CheckpointError": "errors",
@@ -118,6 +120,7 @@ __all__ = [
     "CheckpointInfo",
     "CkptavgError",
     "ComparisonRow",
+    "EvalCommand",
     "HubError",
     "HubRevision",
     "IncompatibleCheckpointsError",

@@ -37,7 +37,9 @@ from ckptavg.selection import Selection
 from ckptavg.sources import HubAccess, SingleCheckpoint, Source, expand_sources
 from ckptavg.steps import (
     average_together,
+    complete_all,
     enter_together,
+    evaluate_by_command,
     finish,
     outcome_fields,
     prepare_together,
@@ -111,7 +113,7 @@ def average_checkpoints(
         state_key: The entry of torch files that holds the weights, such as ``ema``.
         strip_prefixes: Prefixes to remove from tensor names.
         keep_prefix: Compare names without prefixes, but write those of the last checkpoint.
-        batchnorm: Model and data for the BatchNorm pass.
+        batchnorm: Model, data and evaluation: the BatchNorm pass, and what judges the result.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
         memory_budget_bytes: Upper bound for the buffers in host memory, of each process.
         n_threads: Threads that read; None chooses by the machine.
@@ -186,6 +188,8 @@ def average_checkpoints(
             *(note for one in outcomes if one is not None for note in report_notes(one.report)),
         )  # fmt: skip
         publishing = time.perf_counter()
+        processes.first(lambda: complete_all(prepared, directory))
+        outcomes = evaluate_by_command(processes, batchnorm, directory, outcomes)
         processes.first(
             lambda: finish(prepared, directory, averaged, list(notes), outcomes, command)
         )

@@ -32,6 +32,7 @@ from ckptavg.tensors import HubRevision, OutputFormat
 
 if TYPE_CHECKING:
     from ckptavg.bn_pass import BnOutcome, LastCheckpoint
+    from ckptavg.live_model import LiveModel
 
     # number and directory of an output, what messages call it, progress of a stage -> outcome
     RunBnPass = Callable[[int, Path, str, Callable[[str], Callable[[int], None]]], BnOutcome]
@@ -47,14 +48,16 @@ _MAX_STREAM_READERS = 8
 class Prepared:
     """Everything decided, nothing read: what ``--dry-run`` shows.
 
-    ``side_files`` and ``inherited_cards`` have one for each output of the plan, ``derived_from``
-    for each checkpoint.
+    ``live`` is the user's model, where there is one, and ``run_bn_pass`` what judges an average
+    with it. ``side_files`` and ``inherited_cards`` have one for each output of the plan,
+    ``derived_from`` for each checkpoint.
     """
 
     checkpoints: Sequence[Checkpoint]
     plan: AveragePlan
     workspace: Workspace
     side_files: Sequence[Sequence[SideFile]]
+    live: LiveModel | None
     run_bn_pass: RunBnPass | None
     hub: HubAccess
     derived_from: Sequence[Mapping[str, Any] | None]
@@ -138,16 +141,18 @@ def prepared_average(
                 output_format=output_format,
                 notes=notes,
             )
-        if batchnorm is not None and plan.derived.adapter is not None:
+        runs_model = batchnorm is not None and batchnorm.model is not None
+        if runs_model and plan.derived.adapter is not None:
             raise UsageError(
-                "the BatchNorm pass runs a whole model, and these are adapters: leave --model out"
+                "the model is a whole one, and these are adapters: leave --model out (an "
+                "--eval-command may judge them)"
             )
         workspace = _workspace(
             plan,
             choose_device(
                 device,
                 read_nbytes=plan.read_nbytes // processes.size,
-                runs_model=batchnorm is not None,
+                runs_model=runs_model,
                 local_rank=processes.local_rank,
             ),
             hub,
@@ -174,22 +179,24 @@ def prepared_average(
             side_files.append(files)
             inherited_cards.append(inherited_front_matter(folder))
             side_notes.update(dict.fromkeys(found_notes))
+        live, run_bn_pass = _bn_pass(
+            batchnorm,
+            checkpoints,
+            plan,
+            workspace.device,
+            processes,
+            opened,
+            hub=hub,
+            state_key=state_key,
+            strip_prefixes=strip_prefixes,
+        )
         yield Prepared(
             checkpoints=checkpoints,
             plan=plan,
             workspace=workspace,
             side_files=side_files,
-            run_bn_pass=_bn_pass(
-                batchnorm,
-                checkpoints,
-                plan,
-                workspace.device,
-                processes,
-                opened,
-                hub=hub,
-                state_key=state_key,
-                strip_prefixes=strip_prefixes,
-            ),
+            live=live,
+            run_bn_pass=run_bn_pass,
             state_key=state_key,
             strip_prefixes=tuple(strip_prefixes),
             keep_prefix=keep_prefix,
@@ -279,23 +286,23 @@ def _bn_pass(
     processes: Processes,
     opened: list[Checkpoint],
     **reading: Any,
-) -> RunBnPass | None:
-    """Build the user's model; return what will run the BatchNorm pass on a written average."""
-    if batchnorm is None:
-        return None
+) -> tuple[LiveModel | None, RunBnPass | None]:
+    """Build the user's model; return it, and what will judge a written average with it."""
+    if batchnorm is None or batchnorm.model is None:
+        return None, None
     # imported here: importing torch takes longer than averaging most models
     from ckptavg.batchnorm import refuse_together
-    from ckptavg.bn_pass import build_model, check_repeatable, recompute_written
-    from ckptavg.model import check_names
+    from ckptavg.bn_pass import recompute_written
+    from ckptavg.live_model import LiveModel, check_repeatable
 
     refuse_together(batchnorm, processes)
     given = None
     if batchnorm.compare:
         given = _last_checkpoint(batchnorm, checkpoints, opened, **reading)
-    model = build_model(batchnorm, checkpoints[-1], device)
+    live = LiveModel(batchnorm, checkpoints[-1], device, processes)
     lasts: list[Checkpoint | None] = [None] * len(plan.outputs)
     if given is not None:
-        check_names(model, given.tensors, given.label)
+        live.check(given)
     if batchnorm.compare and (given is not None or plan.n_checkpoints > 1):
         lasts = [given or checkpoints[one.row.used[-1]] for one in plan.outputs]
     compared = {last.label for last in lasts if last is not None}
@@ -306,11 +313,9 @@ def _bn_pass(
     def run(
         number: int, written: Path, label: str, progress: Callable[[str], Callable[[int], None]]
     ) -> BnOutcome:
-        return recompute_written(
-            model, batchnorm, plan, written, label, lasts[number], known, progress, processes
-        )
+        return recompute_written(live, plan, written, label, lasts[number], known, progress)
 
-    return run
+    return live, run
 
 
 def _last_checkpoint(
@@ -378,7 +383,8 @@ def _averages_among(
 
 
 def _batchnorm_due(plan: AveragePlan, batchnorm: BnPass | None) -> list[str]:
-    if batchnorm is not None or not plan.batchnorm_names or plan.n_checkpoints == 1:
+    has_pass = batchnorm is not None and batchnorm.batches is not None
+    if has_pass or not plan.batchnorm_names or plan.n_checkpoints == 1:
         return []
     return [
         f"{len(plan.batchnorm_names)} BatchNorm statistics are averaged with the weights; "

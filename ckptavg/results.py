@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.bn_options import BnOptions
 from ckptavg.errors import UsageError
+from ckptavg.eval_command import EvalCommand
 from ckptavg.sources import Source
 from ckptavg.tensors import FileStamp, HubRevision, TensorInfo
 
@@ -25,14 +26,18 @@ Progress = Callable[[str, int, int | None], None]  # stage, done since the last 
 
 @dataclass(frozen=True, kw_only=True)
 class BnPass(BnOptions):
-    """A model and the data to recompute its BatchNorm statistics with, and how; see ``BnOptions``.
+    """What happens to an average before it is published: BatchNorm pass, evaluation, or both.
+
+    How the pass runs, ``BnOptions`` says.
 
     Attributes:
         model: The module, or a function without arguments that builds it, or what
-            ``ckptavg.model_from`` returns. Its weights are replaced.
-        batches: An iterable of batches, or a function without arguments that returns one.
+            ``ckptavg.model_from`` returns. Its weights are replaced. None where no batches and no
+            function need it.
+        batches: An iterable of batches, or a function without arguments that returns one; None
+            makes no BatchNorm pass.
         evaluate: ``evaluate(model)`` returns a number, or several by name, for the model that is
-            published; None evaluates nothing.
+            published; or an ``EvalCommand``, which sees its directory; None evaluates nothing.
         compare: Evaluate also what shows what the pass and what averaging brings: the last
             checkpoint, with and without a pass of its own, and the average with other statistics.
         last_checkpoint: What ``compare`` takes for the last checkpoint; None takes that of the
@@ -42,18 +47,30 @@ class BnPass(BnOptions):
         UsageError: If a value makes no sense.
     """
 
-    model: nn.Module | Callable[[], nn.Module] | ModelFromConfig
-    batches: Iterable[Any] | Callable[[], Iterable[Any]]
-    evaluate: Evaluate | None = None
+    model: nn.Module | Callable[[], nn.Module] | ModelFromConfig | None = None
+    batches: Iterable[Any] | Callable[[], Iterable[Any]] | None = None
+    evaluate: Evaluate | EvalCommand | None = None
     compare: bool = False
     last_checkpoint: Source | None = None
 
     def __post_init__(self) -> None:
         BnOptions.__post_init__(self)
-        if self.evaluate is not None and not callable(self.evaluate):
+        by_command = isinstance(self.evaluate, EvalCommand)
+        if self.evaluate is not None and not by_command and not callable(self.evaluate):
             raise UsageError(f"evaluate is a {type(self.evaluate).__name__}, expected a function")
-        if self.compare and self.evaluate is None:
+        if self.batches is None and self.evaluate is None:
+            raise UsageError("a model is there for batches (--data) or an evaluation (--eval)")
+        if self.model is None and (self.batches is not None or not by_command):
+            raise UsageError("batches (--data) and evaluations (--eval) need a model (--model)")
+        if self.model is not None and self.batches is None and by_command:
+            raise UsageError("without batches (--data), --eval-command needs no model (--model)")
+        if self.batches is None and (given := self.chosen() or self.forward):
+            name = next(iter(given)) if isinstance(given, dict) else "forward"
+            raise UsageError(f"{name} is for a BatchNorm pass, which needs batches (--data)")
+        if self.compare and (self.evaluate is None or by_command):
             raise UsageError("compare needs a metric: evaluate (--eval)")
+        if self.compare and self.batches is None:
+            raise UsageError("compare needs batches (--data)")
         if self.last_checkpoint is not None and not self.compare:
             raise UsageError(
                 "last_checkpoint (--last-checkpoint) belongs to compare (--compare, --compare-bn)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from ckptavg.checkpoint.folder import PROVENANCE_NAME
 from ckptavg.derive import derive
 from ckptavg.derived import AdapterReport, Deviation, adapter_report, report_note
 from ckptavg.errors import ProcessError
+from ckptavg.eval_command import EvalCommand
 from ckptavg.output import OutputDirectory
 from ckptavg.prepare import Prepared, prepared_average
 from ckptavg.processes import Processes
@@ -153,7 +154,7 @@ def recompute_statistics(
     batchnorm: BnPass | None,
     progress: Progress | None,
 ) -> list[BnOutcome | None]:
-    """Run the BatchNorm pass on every output, then put the statistics into the written files."""
+    """Judge every output with the user's model, then put new statistics into the written files."""
     run = prepared.run_bn_pass
     if batchnorm is None or run is None:
         return [None] * len(directory.models)
@@ -172,13 +173,55 @@ def recompute_statistics(
     ]
 
     def patch() -> None:
-        directory.end_journal()
+        if any(outcome.statistics for outcome in outcomes):
+            directory.end_journal()
         for model, outcome in zip(directory.models, outcomes, strict=True):
             for name, data in outcome.statistics:
                 model.patch(name, data)
 
     processes.first(patch)
     return [*outcomes]
+
+
+def complete(prepared: Prepared, directory: OutputDirectory, index: int) -> None:
+    """Make one output a model directory that loads: all but the provenance is in it."""
+    plan, model = prepared.plan, directory.models[index]
+    model.seal(prepared.workspace.n_threads)
+    model.add_index()
+    adapter, rewritten = plan.derived.adapter, dict[str, bytes]()
+    if adapter is not None:
+        rewritten[ADAPTER_CONFIG_NAME] = adapter.configs[index].encode()
+    files = prepared.side_files[index]
+    copy_side_files(files, model, output_dtype=plan.changed_dtype, rewritten=rewritten)
+
+
+def complete_all(prepared: Prepared, directory: OutputDirectory) -> None:
+    """Complete every output."""
+    for index in range(len(directory.models)):
+        complete(prepared, directory, index)
+
+
+def evaluate_by_command(
+    processes: Processes,
+    batchnorm: BnPass | None,
+    directory: OutputDirectory,
+    outcomes: Sequence[BnOutcome | None],
+) -> list[BnOutcome | None]:
+    """Let the user's command judge every output, if there is one; all are complete."""
+    command = None if batchnorm is None else batchnorm.evaluate
+    if not isinstance(command, EvalCommand):
+        return [*outcomes]
+    from ckptavg.bn_pass import BnOutcome
+
+    def judge() -> list[dict[str, float]]:
+        if processes.rank != 0:
+            return []
+        return [command.evaluated(model.directory) for model in directory.models]
+
+    return [
+        replace(outcome or BnOutcome(statistics=[], metrics=None), metrics=metrics)
+        for outcome, metrics in zip(outcomes, processes.together(judge)[0], strict=True)
+    ]
 
 
 def finish(
@@ -189,17 +232,12 @@ def finish(
     outcomes: Sequence[BnOutcome | None],
     command: str | None,
 ) -> None:
-    """Add what belongs beside the weights, and publish."""
+    """Add the provenance to outputs that are complete, and publish."""
     plan = prepared.plan
     for index, (one, model) in enumerate(zip(plan.outputs, directory.models, strict=True)):
         outcome, files = outcomes[index], prepared.side_files[index]
-        model.seal(prepared.workspace.n_threads)
-        model.add_index()
-        adapter, rewritten = plan.derived.adapter, dict[str, bytes]()
-        if adapter is not None:
-            rewritten[ADAPTER_CONFIG_NAME] = adapter.configs[index].encode()
-        copy_side_files(files, model, output_dtype=plan.changed_dtype, rewritten=rewritten)
         report = averaged.adapters[index]
+        bn_report = None if outcome is None else outcome.report
         model.add_file(
             PROVENANCE_NAME,
             provenance(
@@ -215,7 +253,7 @@ def finish(
                 notes=notes,
                 side_files=[file.name for file in files],
                 derived_from=prepared.derived_from,
-                batchnorm=None if outcome is None else asdict(outcome.report),
+                batchnorm=None if bn_report is None else asdict(bn_report),
                 metrics=None if outcome is None else outcome.metrics,
                 command=command,
                 inherited_card=prepared.inherited_cards[index],
@@ -236,8 +274,10 @@ def outcome_fields(outcome: BnOutcome | None) -> dict[str, Any]:
     }
 
 
-def report_notes(report: BnReport) -> list[str]:
-    """Return what a user should know about a BatchNorm pass."""
+def report_notes(report: BnReport | None) -> list[str]:
+    """Return what a user should know about a BatchNorm pass; None where there was none."""
+    if report is None:
+        return []
     notes = [f"BatchNorm layer '{name}' {why}" for name, why in report.skipped.items()]
     notes += [f"BatchNorm pass: {note}" for note in report.notes]
     if not report.layers and not report.skipped:

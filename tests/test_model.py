@@ -19,8 +19,9 @@ from ckptavg import (
     recompute_bn,
     recompute_bn_stats,
 )
-from ckptavg.bn_pass import build_model
+from ckptavg.live_model import LiveModel
 from ckptavg.model import NameFit, bn_buffer_bytes, check_names, load_weights, read_tensors
+from ckptavg.processes import Processes
 from ckptavg.tensors import DTYPE_BY_NAME, TensorInfo
 
 
@@ -694,11 +695,12 @@ def test_the_model_inside_the_users_wrapper_is_taken(
 ) -> None:
     wrapped = wrap(net(1))
     checkpoint = open_checkpoint(make_checkpoint("one", net(2).state_dict()))
-    model = build_model(
+    model = LiveModel(
         BnPass(model=(lambda: wrapped) if is_factory else wrapped, batches=data()),
         checkpoint,
         "cpu",
-    )
+        Processes(),
+    ).module
     checkpoint.close()
     assert type(model) is nn.Sequential
     assert any(module is model for module in wrapped.modules())

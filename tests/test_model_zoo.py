@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ckptavg import BnPass, ModelError, average_checkpoints, model_from, open_checkpoint
-from ckptavg.bn_pass import build_model
 from ckptavg.cli import run
 from ckptavg.cli.user_code import load_bn_pass
+from ckptavg.live_model import LiveModel
 from ckptavg.model_zoo import LIBRARIES, ModelFromConfig
+from ckptavg.processes import Processes
 
 Call = tuple[str, dict[str, Any]]
 
@@ -64,7 +65,9 @@ def built(model: ModelFromConfig, path: Path) -> nn.Module:
     """Return what the pipeline makes of a model by name for a checkpoint."""
     checkpoint = open_checkpoint(path)
     try:
-        return build_model(BnPass(model=model, batches=batches), checkpoint, "cpu")
+        return LiveModel(
+            BnPass(model=model, batches=batches), checkpoint, "cpu", Processes()
+        ).module
     finally:
         checkpoint.close()
 

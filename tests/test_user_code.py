@@ -16,6 +16,7 @@ from ckptavg import BnPass, ModelError, UsageError
 from ckptavg.bn_options import BnOptions
 from ckptavg.cli.options import model_arguments, model_options
 from ckptavg.cli.user_code import load_bn_pass, load_thing
+from ckptavg.eval_command import EvalCommand
 from ckptavg.model_zoo import ModelFromConfig
 
 CODE = '''
@@ -114,6 +115,7 @@ def built(**options: Any) -> nn.Module:
     """Return the model of a pass, built as the pipeline builds it."""
     found = bn_pass(**options)
     assert found is not None
+    assert found.model is not None
     assert not isinstance(found.model, ModelFromConfig)
     return found.model if isinstance(found.model, nn.Module) else found.model()
 
@@ -123,6 +125,7 @@ def drawn(**options: Any) -> list[Any]:
     found = bn_pass(**options)
     assert found is not None
     batches = found.batches
+    assert batches is not None
     if not isinstance(batches, Iterable):
         batches = batches()
     return list(batches)
@@ -391,6 +394,41 @@ def test_arguments_of_another_form_are_usage_errors(text: str) -> None:
     assert f"'{text}' is not of the form key=value" in result.output
 
 
+# ---- evaluation without a BatchNorm pass ---------------------------------------------------------
+
+
+def test_a_command_needs_neither_model_nor_data() -> None:
+    found, code, _ = given("--eval-command", "judge {model}")
+    assert found is not None
+    assert (found.model, found.batches, found.evaluate, code) == (
+        None, None, EvalCommand("judge {model}"), 0,
+    )  # fmt: skip
+
+
+def test_a_command_may_come_after_a_batchnorm_pass() -> None:
+    found, code, _ = given(*MODEL_AND_DATA, "--eval-command", "judge {model}", "--batches", "3")
+    assert found is not None
+    assert (code, found.max_batches, found.evaluate) == (0, 3, EvalCommand("judge {model}"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["--eval-command", "x {model}", "--eval", "a:b"], "exclude each other"),
+        (["--model", "a:b", "--eval-command", "x {model}"], "belong together"),
+        (["--model", "a:b", "--eval", "c:d", "--samples", "3"], "--samples needs --data"),
+        (["--model", "a:b", "--eval", "c:d", "--compare-bn"], "--compare-bn needs --data"),
+        (["--eval-command", "x {model}", "--seed", "3"], "--seed needs --model and --data"),
+    ],
+)
+def test_evaluations_that_do_not_go_together_are_usage_errors(
+    typed: list[str], message: str
+) -> None:
+    _, code, output = given(*typed)
+    assert code == 2
+    assert message in output
+
+
 # ---- the options as they are typed ---------------------------------------------------------------
 
 # what is typed; the attribute of the pass; its value then, and without
@@ -449,7 +487,7 @@ def test_all_options_are_in_the_tables_below() -> None:
 
     tables = [*(row[0] for row in (*PASS_OPTIONS, *COMPARE_OPTIONS)), *ARGUMENT_OPTIONS]
     assert {flag for parameter in take.params for flag in parameter.opts} == {
-        "--model", "--data", *(typed[0] for typed in tables),
+        "--model", "--data", "--eval-command", *(typed[0] for typed in tables),
     }  # fmt: skip
 
 
@@ -463,7 +501,8 @@ def test_every_option_is_refused_under_its_own_name_without_model_and_data(
 ) -> None:
     found, code, output = given(*typed)
     assert (found, code) == (None, 2)
-    assert output.endswith(f"Error: {typed[0]} needs --model and --data\n")
+    needed = "--model" if typed[0] == "--eval" else "--model and --data"
+    assert output.endswith(f"Error: {typed[0]} needs {needed}\n")
 
 
 @pytest.mark.parametrize(
@@ -475,7 +514,10 @@ def test_every_option_is_refused_under_its_own_name_without_model_and_data(
 def test_every_option_with_only_one_of_them_is_told_that_they_belong_together(
     typed: list[str], half: list[str]
 ) -> None:
-    _, code, output = given(*half, *typed)
+    found, code, output = given(*half, *typed)
+    if typed[0] == "--eval" and half[0] == "--model":  # an evaluation needs no data
+        assert (code, attribute(found, "evaluate")) == (0, "accuracy")
+        return
     assert code == 2
     assert output.endswith(
         "Error: --model and --data belong together: the BatchNorm pass needs both\n"

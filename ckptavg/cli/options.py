@@ -229,9 +229,9 @@ def model_options(*, required: bool, compare: str) -> Callable[[Command], Comman
     return _combined(
         click.option(
             "--model", "model_name", required=required, metavar="PKG.MOD:THING",
-            help="Model for the BatchNorm pass: a module, a class or a factory, for example "
-            "my_pkg.models:build (the current directory is searched too), or timm:resnet50, "
-            "torchvision:resnet50, transformers:AutoModelForImageClassification.",
+            help="Model for the BatchNorm pass and --eval: a module, a class or a factory, for "
+            "example my_pkg.models:build (the current directory is searched, too), or "
+            "timm:resnet50, torchvision:resnet50, transformers:AutoModelForImageClassification.",
         ),
         click.option(
             "--model-arg", "model_arguments", multiple=True, type=KeyValue(),
@@ -255,6 +255,11 @@ def model_options(*, required: bool, compare: str) -> Callable[[Command], Comman
             "--eval", "eval_name", metavar="PKG.MOD:FN",
             help="fn(model) that returns a metric, or several by name, of the model that is "
             "published, for example my_pkg.evals:accuracy.",
+        ),
+        click.option(
+            "--eval-command", metavar="COMMAND",
+            help="Command that judges a model directory and prints a number or JSON on its last "
+            "line, for example 'python my_eval.py {model}'.",
         ),
         click.option(
             compare, "compare", is_flag=True,
@@ -321,8 +326,9 @@ def model_options(*, required: bool, compare: str) -> Callable[[Command], Comman
 
 _MODEL_ARGUMENTS = (
     "model_name", "model_arguments", "data_name", "data_arguments", "forward_name", "eval_name",
-    "compare", "last_checkpoint", "max_batches", "max_samples", "until_converged", "estimator",
-    "train_mode", "amp", "channels_last", "compile", "seed", "allow_unreached", "data_per_process",
+    "eval_command", "compare", "last_checkpoint", "max_batches", "max_samples", "until_converged",
+    "estimator", "train_mode", "amp", "channels_last", "compile", "seed", "allow_unreached",
+    "data_per_process",
 )  # fmt: skip
 
 

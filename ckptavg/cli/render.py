@@ -262,7 +262,10 @@ def plan_lines(prepared: "Prepared", output: str) -> list[str]:
             f"{size(workspace.max_host_nbytes)}"
         )
     if prepared.run_bn_pass is not None:
-        lines.append("then BatchNorm statistics are recomputed: the model fits the average")
+        live = prepared.live
+        recomputes = live is not None and live.options.batches is not None
+        what = "BatchNorm statistics are recomputed" if recomputes else "it is evaluated"
+        lines.append(f"then {what}: the model fits the average")
     side_files = sorted({file.name for files in prepared.side_files for file in files})
     if side_files:
         lines.append(f"copy {len(side_files)} side files: {', '.join(side_files)}")
@@ -304,7 +307,7 @@ def plan_json(prepared: "Prepared", output: str) -> dict[str, Any]:
         "host_buffer_nbytes": workspace.host_nbytes,
         "max_host_buffer_nbytes": workspace.max_host_nbytes,
         "device_buffer_nbytes": workspace.device_nbytes,
-        "batchnorm_pass": prepared.run_bn_pass is not None,
+        "batchnorm_pass": prepared.live is not None and prepared.live.options.batches is not None,
         "notes": [*plan.notes, *prepared.notes],
     }
 

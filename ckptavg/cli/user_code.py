@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptavg.errors import ModelError
+from ckptavg.eval_command import EvalCommand
 
 if TYPE_CHECKING:
     from ckptavg.results import BnPass
@@ -49,9 +50,10 @@ def load_bn_pass(
     data_arguments: Arguments,
     forward_name: str | None,
     eval_name: str | None = None,
+    eval_command: str | None = None,
     **options: Any,
 ) -> "BnPass | None":
-    """Build the BatchNorm pass that the options ask for; None if they name no model.
+    """Build the BatchNorm pass and the evaluation that the options ask for; None if they do not.
 
     Args:
         model_name: What the options of these names say.
@@ -60,6 +62,7 @@ def load_bn_pass(
         data_arguments: Likewise.
         forward_name: Likewise.
         eval_name: Likewise.
+        eval_command: Likewise.
         options: Further attributes of ``BnPass``.
 
     Raises:
@@ -68,35 +71,41 @@ def load_bn_pass(
     """
     from ckptavg.results import BnPass
 
-    if model_name is None and data_name is None:
-        given = {
-            "model_arg": model_arguments, "data_arg": data_arguments, "forward": forward_name,
-            "eval": eval_name, **options,
-        }  # fmt: skip
-        for name, value in given.items():
-            if value not in (None, (), getattr(BnPass, name, None)):
-                raise click.UsageError(f"{_FLAGS.get(name, _flag(name))} needs --model and --data")
-        return None
-    if model_name is None or data_name is None:
+    if eval_name is not None and eval_command is not None:
+        raise click.UsageError("--eval and --eval-command exclude each other")
+    if (data_name is None) != (model_name is None) and not (model_name and eval_name):
         raise click.UsageError("--model and --data belong together: the BatchNorm pass needs both")
-
-    model = _model(model_name, model_arguments)
-    batches = load_thing(data_name, "--data")
-    if callable(batches) and not isinstance(batches, Iterable):
-        batches = partial(batches, **dict(data_arguments))
-    elif not isinstance(batches, Iterable):
-        raise ModelError(
-            f"--data {data_name}: is a {type(batches).__name__}, expected an iterable of batches"
-        )
-    elif data_arguments:
-        raise click.UsageError(f"--data-arg: {data_name} is an iterable already, not a factory")
+    if data_name is None:
+        needs = "--data" if model_name is not None else "--model and --data"
+        of_pass = {"data_arg": data_arguments, "forward": forward_name, **options}
+        of_model = {"eval": eval_name, "model_arg": model_arguments} if model_name is None else {}
+        for name, value in (of_model | of_pass).items():
+            if value not in (None, (), getattr(BnPass, name, None)):
+                needed = "--model" if name == "eval" else needs
+                raise click.UsageError(f"{_FLAGS.get(name, _flag(name))} needs {needed}")
+    if model_name is None and eval_command is None:
+        return None
+    evaluate: Any = _function(eval_name, "--eval")
     return BnPass(
-        model=model,
-        batches=batches,
+        model=None if model_name is None else _model(model_name, model_arguments),
+        batches=None if data_name is None else _batches(data_name, data_arguments),
         forward=_function(forward_name, "--forward"),
-        evaluate=_function(eval_name, "--eval"),
+        evaluate=evaluate if eval_command is None else EvalCommand(eval_command),
         **options,
     )
+
+
+def _batches(name: str, arguments: Arguments) -> Any:
+    batches = load_thing(name, "--data")
+    if callable(batches) and not isinstance(batches, Iterable):
+        return partial(batches, **dict(arguments))
+    if not isinstance(batches, Iterable):
+        raise ModelError(
+            f"--data {name}: is a {type(batches).__name__}, expected an iterable of batches"
+        )
+    if arguments:
+        raise click.UsageError(f"--data-arg: {name} is an iterable already, not a factory")
+    return batches
 
 
 def _model(name: str, arguments: Arguments) -> Any:
