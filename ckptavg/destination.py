@@ -19,6 +19,8 @@ _MODEL_FILE = re.compile(
     r"|adapter_model\.(safetensors|bin)|adapter_config\.json"
     r"|tokenizer\.model|special_tokens_map\.json|vocab\.(json|txt)|merges\.txt|chat_template\.jinja"
 )
+# what sweeps and soups leave beside models
+_EVIDENCE = re.compile(r"(sweep|soup|tune)\.(json|csv|png)")
 
 
 def check_destination(
@@ -72,7 +74,7 @@ def check_replaceable(output: Path) -> None:
     """Allow replacing what ckptavg wrote, a bare model, or nothing; never anything else."""
     if not output.is_dir():
         raise OutputError(f"{output}: is not a directory; --overwrite replaces model directories")
-    names = sorted(entry.name for entry in output.iterdir())
+    names = sorted(one.name for one in output.iterdir() if not _EVIDENCE.fullmatch(one.name))
     if names and all(_siblings(output / name) == names for name in names):
         for name in names:  # several averages that were made at once
             check_replaceable(output / name)

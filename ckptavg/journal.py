@@ -17,6 +17,7 @@ from ckptavg.blocks import Differing
 from ckptavg.checkpoint.files import open_descriptor
 
 JOURNAL_PREFIX = ".ckptavg-journal-"
+EVALUATIONS_NAME = ".ckptavg-evaluations.jsonl"  # see evaluation_log.py
 
 
 class Journal:

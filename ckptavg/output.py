@@ -31,13 +31,14 @@ from ckptavg.directories import (
 )
 from ckptavg.errors import AfterPublishError, OutputError, ProcessEndedError
 from ckptavg.journal import (
+    EVALUATIONS_NAME,
     JOURNAL_PREFIX,
     Journal,
     read_journals,
     remove_journals,
 )
 from ckptavg.plan import AveragePlan
-from ckptavg.writer import ModelWriter
+from ckptavg.writer import ModelWriter, write_small_file
 
 _PARTIAL_SUFFIX = re.compile(r"\.partial-[0-9a-f]{16}$")
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
@@ -183,6 +184,39 @@ class OutputDirectory:
         except OSError as error:
             raise self._failed(error) from error
 
+    def add_file(self, name: str, content: bytes) -> None:
+        """Add a small file beside all models.
+
+        Raises:
+            OutputError: If it cannot be written.
+        """
+        try:
+            write_small_file(self.partial / name, content)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def keep_only(self, index: int) -> None:
+        """Leave nothing but one model, and make it the output itself; the journal is ended.
+
+        Raises:
+            OutputError: If the storage refuses.
+        """
+        kept = self.models[index]
+        aside = self.partial / ".kept"
+        try:
+            for model in self.models:
+                if model is not kept:
+                    model.close()
+                    shutil.rmtree(model.directory)
+            kept.directory.rename(aside)  # its name may be that of a file in it
+            for entry in aside.iterdir():
+                entry.rename(self.partial / entry.name)
+            aside.rmdir()
+        except OSError as error:
+            raise self._failed(error) from error
+        kept.directory = self.partial
+        self.models = [kept]
+
     def publish(self) -> None:
         """Sync everything to storage and give the directory its name, in one step.
 
@@ -195,6 +229,7 @@ class OutputDirectory:
         self._end_journal()
         try:
             remove_journals(self.partial)
+            (self.partial / EVALUATIONS_NAME).unlink(missing_ok=True)
             for directory in bottom_up(self.partial):
                 sync_directory(directory)
             replaced = self._rename()
@@ -335,6 +370,8 @@ class OutputDirectory:
             weights = model.weight_filenames()
             for entry in model.directory.iterdir():
                 if entry.name in weights or entry.name.startswith(JOURNAL_PREFIX):
+                    continue
+                if entry.name == EVALUATIONS_NAME:
                     continue
                 if entry.is_dir() and entry not in [other.directory for other in self.models]:
                     shutil.rmtree(entry)

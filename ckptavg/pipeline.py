@@ -16,7 +16,6 @@ from ckptavg.errors import UsageError
 from ckptavg.gathering import find_run_of, open_source
 from ckptavg.hub import natural_order
 from ckptavg.inspecting import checkpoint_info, run_info
-from ckptavg.memory import peak_device_bytes, peak_host_bytes
 from ckptavg.output import OutputDirectory
 from ckptavg.prepare import chosen_schemes
 from ckptavg.processes import joined_processes
@@ -27,24 +26,23 @@ from ckptavg.results import (
     AverageResult,
     BnPass,
     CheckpointInfo,
-    OutputResult,
     Progress,
     RunInfo,
-    StageTimes,
 )
 from ckptavg.schemes import Scheme
 from ckptavg.selection import Selection
 from ckptavg.sources import HubAccess, SingleCheckpoint, Source, expand_sources
 from ckptavg.steps import (
+    Clock,
     average_together,
     complete_all,
     enter_together,
     evaluate_by_command,
     finish,
-    outcome_fields,
     prepare_together,
     recompute_statistics,
     report_notes,
+    result_of,
 )
 from ckptavg.tensors import HubRevision, OutputFormat, PushResult
 
@@ -170,7 +168,7 @@ def average_checkpoints(
             batchnorm=batchnorm,
             cache=cache,
         )  # fmt: skip
-        plan, workspace = prepared.plan, prepared.workspace
+        plan = prepared.plan
         directory = OutputDirectory(
             output,
             plan,
@@ -194,39 +192,14 @@ def average_checkpoints(
             lambda: finish(prepared, directory, averaged, list(notes), outcomes, command)
         )
         publish_seconds = time.perf_counter() - publishing
-    return AverageResult(
-        output=output,
-        outputs=tuple(
-            OutputResult(
-                path=output / one.name,
-                scheme=str(one.scheme),
-                coefficients=one.row.coefficients,
-                differing=tuple(averaged.differing[index]),
-                taken_from=plan.labels[one.take_from],
-                adapter=averaged.adapters[index],
-                **outcome_fields(outcomes[index]),
-            )
-            for index, one in enumerate(plan.outputs)
+    return result_of(
+        processes, prepared, averaged, outcomes, output,
+        before=before,
+        clock=Clock(
+            started=started, average_seconds=average_seconds, publish_seconds=publish_seconds
         ),
-        n_checkpoints=plan.n_checkpoints,
-        n_processes=processes.size,
-        device=workspace.device,
-        read_nbytes=plan.read_nbytes,
-        written_nbytes=plan.write_nbytes,
-        resumed_nbytes=plan.read_nbytes_of(before),
-        seconds=time.perf_counter() - started,
-        average_seconds=average_seconds,
-        hub_nbytes=prepared.hub.fetched_nbytes,
-        times=StageTimes(
-            read_seconds=averaged.timings.read_seconds,
-            arithmetic_seconds=averaged.timings.arithmetic_seconds,
-            write_seconds=averaged.timings.write_seconds,
-            publish_seconds=publish_seconds,
-        ),
-        peak_host_bytes=peak_host_bytes(),
-        peak_device_bytes=peak_device_bytes(workspace.device),
         notes=notes,
-    )
+    )  # fmt: skip
 
 
 def recompute_bn(

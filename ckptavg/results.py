@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ckptavg.bn_options import BnOptions
 from ckptavg.errors import UsageError
@@ -184,6 +184,49 @@ class AverageResult:
     peak_host_bytes: int | None
     peak_device_bytes: int | None
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRow:
+    """What a sweep found of one set of weights.
+
+    Attributes:
+        name: The average's name, or the checkpoint's label.
+        kind: ``average``; ``last`` and ``single`` are checkpoints by themselves: the last one, and
+            each one.
+        scheme: What was averaged, such as ``uniform:last=5``; None for a checkpoint.
+        n_checkpoints: How many went in.
+        bn_pass: Whether the BatchNorm statistics were recomputed.
+        metrics: What the evaluation says, by name.
+    """
+
+    name: str
+    kind: Literal["average", "last", "single"]
+    scheme: str | None
+    n_checkpoints: int
+    bn_pass: bool
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """Many averages, judged.
+
+    Attributes:
+        metric: What decided.
+        mode: ``min`` or ``max``.
+        best: Name of the best average.
+        rows: The averages, best first; then the last checkpoint and all single ones.
+        result: What was published: the best average, or all.
+        files: The evidence, as files in the output: ``sweep.json``, ...
+    """
+
+    metric: str
+    mode: Literal["min", "max"]
+    best: str
+    rows: tuple[SweepRow, ...]
+    result: AverageResult
+    files: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

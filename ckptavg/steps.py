@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ckptavg._version import __version__
@@ -17,12 +18,13 @@ from ckptavg.derive import derive
 from ckptavg.derived import AdapterReport, Deviation, adapter_report, report_note
 from ckptavg.errors import ProcessError
 from ckptavg.eval_command import EvalCommand
+from ckptavg.memory import peak_device_bytes, peak_host_bytes
 from ckptavg.output import OutputDirectory
 from ckptavg.prepare import Prepared, prepared_average
 from ckptavg.processes import Processes
 from ckptavg.provenance import provenance
 from ckptavg.recipe import Recipe
-from ckptavg.results import BnPass, Progress
+from ckptavg.results import AverageResult, BnPass, OutputResult, Progress, StageTimes
 from ckptavg.side_files import copy_side_files
 from ckptavg.sources import Source
 
@@ -95,7 +97,7 @@ def average_together(
     plan = prepared.plan
     blocks = processes.share(sorted(set(range(len(plan.blocks))) - set(before)))
     derived_nbytes = plan.derived_read_nbytes if processes.rank == 0 else 0
-    report = _stage(progress, "average", plan.read_nbytes_of(blocks) + derived_nbytes)
+    report = stage_of(progress, "average", plan.read_nbytes_of(blocks) + derived_nbytes)
 
     def advance(done: int) -> None:
         report(done)
@@ -160,13 +162,9 @@ def recompute_statistics(
         return [None] * len(directory.models)
 
     def report(stage: str) -> Callable[[int], None]:
-        return _stage(progress, stage, batchnorm.max_samples)
+        return stage_of(progress, stage, batchnorm.max_samples)
 
-    def add_indexes() -> None:
-        for model in directory.models:
-            model.add_index()
-
-    processes.first(add_indexes)
+    processes.first(lambda: add_indexes(directory))
     outcomes = [
         run(number, model.directory, str(directory.output), report)
         for number, model in enumerate(directory.models)
@@ -181,6 +179,12 @@ def recompute_statistics(
 
     processes.first(patch)
     return [*outcomes]
+
+
+def add_indexes(directory: OutputDirectory) -> None:
+    """Make every output one that can be opened."""
+    for model in directory.models:
+        model.add_index()
 
 
 def complete(prepared: Prepared, directory: OutputDirectory, index: int) -> None:
@@ -231,13 +235,19 @@ def finish(
     notes: Sequence[str],
     outcomes: Sequence[BnOutcome | None],
     command: str | None,
+    evidence: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
-    """Add the provenance to outputs that are complete, and publish."""
+    """Add the provenance to outputs that are complete, and publish.
+
+    ``evidence`` are files that go into every output, by name.
+    """
     plan = prepared.plan
     for index, (one, model) in enumerate(zip(plan.outputs, directory.models, strict=True)):
         outcome, files = outcomes[index], prepared.side_files[index]
         report = averaged.adapters[index]
         bn_report = None if outcome is None else outcome.report
+        for name, content in evidence.items():
+            model.add_file(name, content)
         model.add_file(
             PROVENANCE_NAME,
             provenance(
@@ -251,7 +261,7 @@ def finish(
                 differing=averaged.differing[index],
                 adapter=None if report is None else asdict(report),
                 notes=notes,
-                side_files=[file.name for file in files],
+                side_files=[*(file.name for file in files), *evidence],
                 derived_from=prepared.derived_from,
                 batchnorm=None if bn_report is None else asdict(bn_report),
                 metrics=None if outcome is None else outcome.metrics,
@@ -261,6 +271,63 @@ def finish(
             ),
         )
     directory.publish()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """What a run measured of its own time, in seconds."""
+
+    started: float
+    average_seconds: float
+    publish_seconds: float
+
+
+def result_of(
+    processes: Processes,
+    prepared: Prepared,
+    averaged: Averaged,
+    outcomes: Sequence[BnOutcome | None],
+    output: Path,
+    *,
+    before: Sequence[int],
+    clock: Clock,
+    notes: Sequence[str],
+) -> AverageResult:
+    """Return what a run did, once it is published."""
+    plan, workspace = prepared.plan, prepared.workspace
+    return AverageResult(
+        output=output,
+        outputs=tuple(
+            OutputResult(
+                path=output / one.name,
+                scheme=str(one.scheme),
+                coefficients=one.row.coefficients,
+                differing=tuple(averaged.differing[index]),
+                taken_from=plan.labels[one.take_from],
+                adapter=averaged.adapters[index],
+                **outcome_fields(outcomes[index]),
+            )
+            for index, one in enumerate(plan.outputs)
+        ),
+        n_checkpoints=plan.n_checkpoints,
+        n_processes=processes.size,
+        device=workspace.device,
+        read_nbytes=plan.read_nbytes,
+        written_nbytes=plan.write_nbytes,
+        resumed_nbytes=plan.read_nbytes_of(before),
+        seconds=time.perf_counter() - clock.started,
+        average_seconds=clock.average_seconds,
+        hub_nbytes=prepared.hub.fetched_nbytes,
+        times=StageTimes(
+            read_seconds=averaged.timings.read_seconds,
+            arithmetic_seconds=averaged.timings.arithmetic_seconds,
+            write_seconds=averaged.timings.write_seconds,
+            publish_seconds=clock.publish_seconds,
+        ),
+        peak_host_bytes=peak_host_bytes(),
+        peak_device_bytes=peak_device_bytes(workspace.device),
+        notes=tuple(notes),
+    )
 
 
 def outcome_fields(outcome: BnOutcome | None) -> dict[str, Any]:
@@ -291,7 +358,8 @@ def report_notes(report: BnReport | None) -> list[str]:
     return notes
 
 
-def _stage(progress: Progress | None, stage: str, total: int | None) -> Callable[[int], None]:
+def stage_of(progress: Progress | None, stage: str, total: int | None) -> Callable[[int], None]:
+    """Return what reports that so much more of a stage is done."""
     if progress is None:
         return lambda done: None
     return lambda done: progress(stage, done, total)

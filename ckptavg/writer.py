@@ -179,15 +179,8 @@ class ModelWriter:
         Raises:
             OutputError: If it cannot be written.
         """
-        path = self.directory / name
         try:
-            path.parent.mkdir(exist_ok=True)
-            descriptor = _create_file(path)
-            try:
-                _write_all(descriptor, memoryview(content), 0)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            write_small_file(self.directory / name, content)
         except OSError as error:
             raise self._failed(error) from error
 
@@ -212,6 +205,21 @@ class ModelWriter:
         """Close the weight files; closing twice is allowed."""
         while self.descriptors:
             os.close(self.descriptors.pop())
+
+
+def write_small_file(path: Path, content: bytes) -> None:
+    """Make a file, and bring it to the storage.
+
+    Raises:
+        OSError: If it cannot be written, or is there already.
+    """
+    path.parent.mkdir(exist_ok=True)
+    descriptor = _create_file(path)
+    try:
+        _write_all(descriptor, memoryview(content), 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _header(tensors: Sequence[TensorPlan], metadata: Mapping[str, str]) -> bytes:

@@ -26,6 +26,7 @@ _QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
 _COMMANDS = {
     "average": "ckptavg.cli.average",
     "recompute-bn": "ckptavg.cli.recompute_bn",
+    "sweep": "ckptavg.cli.sweep",
     "inspect": "ckptavg.cli.inspect",
     "push": "ckptavg.cli.push",
 }

@@ -6,6 +6,8 @@ import click
 
 from ckptavg.cli.options import (
     Coefficients,
+    averaging_arguments,
+    averaging_options,
     machine_options,
     model_arguments,
     model_options,
@@ -52,43 +54,7 @@ Examples:
     help="One multiplier a checkpoint, in the order typed, summing to 1: 0.2,0.3,0.5; the same as "
     "--scheme coefficients:0.2,0.3,0.5.",
 )
-@click.option(
-    "--accumulate",
-    type=click.Choice(["auto", "float32", "float64"]),
-    default="auto",
-    show_default=True,
-    help="dtype of the sums; auto is float64 for float32 inputs, float32 for 16-bit ones.",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["same", "float64", "float32", "bfloat16", "float16"]),
-    default="same",
-    show_default=True,
-    help="dtype of averaged tensors, for example bfloat16.",
-)
-@click.option(
-    "--buffers",
-    type=click.Choice(["last", "first", "refuse"]),
-    default="last",
-    show_default=True,
-    help="Which checkpoint gives integer and bool tensors that differ.",
-)
-@click.option(
-    "--allow-nonfinite", is_flag=True, help="Keep infinity and NaN instead of refusing them."
-)
-@click.option(
-    "--adapter-rank",
-    type=click.IntRange(min=1),
-    metavar="R",
-    help="Rank of averaged LoRA adapters, for example 16: the best approximation, with its error; "
-    "default: the exact mean of the products, whose rank is the sum of the ranks.",
-)
-@click.option(
-    "--adapter-factors",
-    is_flag=True,
-    help="Average the factors of LoRA adapters (or the parameters of others) apart, which is not "
-    "the mean of their products; the difference is measured.",
-)
+@averaging_options
 @reading_options
 @model_options(required=False, compare="--compare-bn")
 @machine_options
@@ -125,13 +91,8 @@ def command(
     arguments = pipeline_arguments(options)
     selection = selection_arguments(options)
     schemes = chosen_schemes(options["schemes"], options["coefficients"])
-    recipe = {
-        name: options[name]
-        for name in (
-            "accumulate", "dtype", "buffers", "allow_nonfinite", "adapter_rank", "adapter_factors",
-        )
-    }  # fmt: skip
-    arguments |= {"include_code": not options["no_code"], "batchnorm": batchnorm}
+    recipe = averaging_arguments(options)
+    arguments |= {"batchnorm": batchnorm}
     if dry_run:
         with (
             stdout_for_the_result(),

@@ -153,6 +153,57 @@ selection_options = _combined(
     ),
 )  # fmt: skip
 
+averaging_options = _combined(
+    click.option(
+        "--accumulate",
+        type=click.Choice(["auto", "float32", "float64"]),
+        default="auto",
+        show_default=True,
+        help="dtype of the sums; auto is float64 for float32 inputs, float32 for 16-bit ones.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["same", "float64", "float32", "bfloat16", "float16"]),
+        default="same",
+        show_default=True,
+        help="dtype of averaged tensors, for example bfloat16.",
+    ),
+    click.option(
+        "--buffers",
+        type=click.Choice(["last", "first", "refuse"]),
+        default="last",
+        show_default=True,
+        help="Which checkpoint gives integer and bool tensors that differ.",
+    ),
+    click.option(
+        "--allow-nonfinite", is_flag=True, help="Keep infinity and NaN instead of refusing them."
+    ),
+    click.option(
+        "--adapter-rank",
+        type=click.IntRange(min=1),
+        metavar="R",
+        help="Rank of averaged LoRA adapters, for example 16: the best approximation, with its "
+        "error; default: the exact mean of the products, whose rank is the sum of the ranks.",
+    ),
+    click.option(
+        "--adapter-factors",
+        is_flag=True,
+        help="Average the factors of LoRA adapters (or the parameters of others) apart, which is "
+        "not the mean of their products; the difference is measured.",
+    ),
+)
+
+judging_options = _combined(
+    click.option(
+        "--metric", metavar="NAME",
+        help="The metric that decides, for example accuracy; default: the only one there is.",
+    ),
+    click.option(
+        "--mode", type=click.Choice(["min", "max"]),
+        help="Whether it is best when small or large; default: by its name (loss, accuracy, ...).",
+    ),
+)  # fmt: skip
+
 publish_options = _combined(
     click.option("--private", is_flag=True, help="Make the repository private, if it is made now."),
     click.option(
@@ -219,13 +270,14 @@ talk_options = _combined(
 )
 
 
-def model_options(*, required: bool, compare: str) -> Callable[[Command], Command]:
+def model_options(*, required: bool, compare: str | None) -> Callable[[Command], Command]:
     """Return the options that name the user's model and data, and say how the model runs.
 
     Args:
         required: Whether model and data must be given.
-        compare: What the flag is called that asks for the comparison.
+        compare: What the flag is called that asks for the comparison; None offers none.
     """
+    comparing = () if compare is None else _compare_options(compare)
     return _combined(
         click.option(
             "--model", "model_name", required=required, metavar="PKG.MOD:THING",
@@ -261,16 +313,7 @@ def model_options(*, required: bool, compare: str) -> Callable[[Command], Comman
             help="Command that judges a model directory and prints a number or JSON on its last "
             "line, for example 'python my_eval.py {model}'.",
         ),
-        click.option(
-            compare, "compare", is_flag=True,
-            help="Show the metric for the last checkpoint, with and without a BN pass of its own, "
-            "and for the average with the BN statistics of the last, averaged and recomputed.",
-        ),
-        click.option(
-            "--last-checkpoint", metavar="CKPT",
-            help=f"What {compare} takes for the last checkpoint, for example epoch-36.pt; default: "
-            "the last one that went into the average.",
-        ),
+        *comparing,
         click.option(
             "--batches", "max_batches", type=click.IntRange(min=1), metavar="N",
             help="Use at most N batches, for example 100; default: all.",
@@ -324,6 +367,24 @@ def model_options(*, required: bool, compare: str) -> Callable[[Command], Comman
     )  # fmt: skip
 
 
+def _compare_options(compare: str) -> tuple[Callable[[Command], Command], ...]:
+    return (
+        click.option(
+            compare,
+            "compare",
+            is_flag=True,
+            help="Show the metric for the last checkpoint, with and without a BN pass of its own, "
+            "and for the average with the BN statistics of the last, averaged and recomputed.",
+        ),
+        click.option(
+            "--last-checkpoint",
+            metavar="CKPT",
+            help=f"What {compare} takes for the last checkpoint, for example epoch-36.pt; default: "
+            "the last one that went into the average.",
+        ),
+    )
+
+
 _MODEL_ARGUMENTS = (
     "model_name", "model_arguments", "data_name", "data_arguments", "forward_name", "eval_name",
     "eval_command", "compare", "last_checkpoint", "max_batches", "max_samples", "until_converged",
@@ -339,7 +400,15 @@ def selection_arguments(options: dict[str, Any]) -> dict[str, Any]:
 
 def model_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """Take what ``model_options`` gave out of a command's options."""
-    return {name: options.pop(name) for name in _MODEL_ARGUMENTS}
+    return {name: options.pop(name) for name in _MODEL_ARGUMENTS if name in options}
+
+
+def averaging_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``averaging_options`` gave, under their names in Python."""
+    names = (
+        "accumulate", "dtype", "buffers", "allow_nonfinite", "adapter_rank", "adapter_factors",
+    )  # fmt: skip
+    return {name: options[name] for name in names}
 
 
 def pipeline_arguments(options: dict[str, Any]) -> dict[str, Any]:
@@ -355,4 +424,5 @@ def pipeline_arguments(options: dict[str, Any]) -> dict[str, Any]:
         "memory_budget_bytes": options["memory"],
         "n_threads": options["io_threads"],
         "cache": options["cache"],
+        "include_code": not options["no_code"],
     }

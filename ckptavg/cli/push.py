@@ -2,8 +2,10 @@
 
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -82,12 +84,15 @@ class Push(NamedTuple):
     card_text: str | None
 
 
-def chosen_push(options: dict[str, Any], *, first: bool) -> Push | None:
+def chosen_push(
+    options: dict[str, Any], *, first: bool, several: bool | None = None
+) -> Push | None:
     """Take the options of a push out of a command's options; see that it may be done.
 
     Args:
         options: Those of the command.
         first: Whether this process is the one that will push.
+        several: Whether there are several outputs; None goes by the schemes among the options.
 
     Raises:
         UsageError: If they make no sense, or there is no token.
@@ -108,7 +113,9 @@ def chosen_push(options: dict[str, Any], *, first: bool) -> Push | None:
     check_target(repo)
     if reference is not None and reference.path:
         raise UsageError(f"{target}: is not of the form org/name or org/name@branch")
-    if revision is not None and len(options.get("schemes", ())) > 1:
+    if several is None:
+        several = len(options.get("schemes", ())) > 1
+    if revision is not None and several:
         raise UsageError(f"{target}: several averages go to a branch each, named like them")
     card_text = _card_text(card)
     if first:
@@ -119,22 +126,33 @@ def chosen_push(options: dict[str, Any], *, first: bool) -> Push | None:
 
 
 def push_and_echo(
-    result: "AverageResult", done: str, push: Push | None, *, as_json: bool, quiet: bool
+    result: "AverageResult",
+    done: str,
+    push: Push | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+    more: Sequence[str] = (),
+    json_fields: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Print what a run did, and push every output; several go to a branch each, named like it.
+
+    ``more`` are further lines for people, ``json_fields`` what JSON tells beside the result.
 
     Raises:
         AfterPublishError: If a push fails or is interrupted; it says what finishes the work.
     """
     pushed: list[PushResult] = []
     if not as_json:
-        echo_result(result, done, as_json=False, quiet=quiet)
+        echo_result(result, done, as_json=False, quiet=quiet, more=more)
     try:
         if push is not None:
             _push_outputs(result, push, pushed)
     finally:
         if as_json:
-            echo_result(result, done, as_json=True, quiet=quiet, pushed=pushed)
+            echo_result(
+                result, done, as_json=True, quiet=quiet, pushed=pushed, json_fields=json_fields
+            )
         else:
             echo_lines(map(push_line, pushed))
 

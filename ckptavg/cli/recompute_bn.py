@@ -61,7 +61,6 @@ def command(
             output,
             batchnorm,
             **pipeline_arguments(options),
-            include_code=not options["no_code"],
             distributed=distributed,
             progress=progress,
             command=typed_command(),

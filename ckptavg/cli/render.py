@@ -3,8 +3,9 @@
 import contextlib
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -49,17 +50,20 @@ def echo_result(
     as_json: bool,
     quiet: bool,
     pushed: "Sequence[PushResult]" = (),
+    more: Sequence[str] = (),
+    json_fields: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Print what a run did; ``done`` says it in words, ``pushed`` is for JSON.
+    """Print what a run did; ``done`` and ``more`` say it to people, the others are for JSON.
 
     Raises:
         AfterPublishError: If that fails or is interrupted: the output is there all the same.
     """
     try:
         if as_json:
-            echo_json(asdict(result) | {"pushed": [asdict(one) for one in pushed]})
+            told = asdict(result) | {"pushed": [asdict(one) for one in pushed]}
+            echo_json({**told, **json_fields})
             return
-        echo_lines(summary_lines(result, done))
+        echo_lines([*summary_lines(result, done, evaluated=not more), *more])
         echo_notes(result.notes, quiet=quiet)
     except BaseException as error:
         raise AfterPublishError(
@@ -120,8 +124,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def summary_lines(result: "AverageResult", done: str) -> list[str]:
-    """Return what a finished run says."""
+def summary_lines(result: "AverageResult", done: str, *, evaluated: bool = True) -> list[str]:
+    """Return what a finished run says, with or without what the evaluation says of its outputs."""
     peaks = [f"peak memory {size(result.peak_host_bytes)}"] if result.peak_host_bytes else []
     if result.peak_device_bytes is not None:
         peaks.append(f"{size(result.peak_device_bytes)} on {result.device}")
@@ -146,7 +150,8 @@ def summary_lines(result: "AverageResult", done: str) -> list[str]:
             )
         if one.batchnorm is not None and one.batchnorm.layers:
             lines += batchnorm_lines(one.batchnorm)
-        lines += evaluation_lines(one)
+        if evaluated:
+            lines += evaluation_lines(one)
     return lines
 
 
@@ -204,9 +209,14 @@ def evaluation_lines(output: "OutputResult") -> list[str]:
     if output.metrics is None:
         return []
     rows = [(row.name, row.metrics) for row in output.comparison] or [("model", output.metrics)]
-    names = list(output.metrics)
+    return metrics_table("  evaluation", rows)
+
+
+def metrics_table(title: str, rows: Sequence[tuple[str, Mapping[str, float]]]) -> list[str]:
+    """Return lines with a row for each name, and a column for each metric."""
+    names = list(dict.fromkeys(name for _, metrics in rows for name in metrics))
     return table(
-        ["  evaluation", *names],
+        [title, *names],
         [[f"  {name}", *(f"{one.get(key, math.nan):.6g}" for key in names)] for name, one in rows],
     )
 

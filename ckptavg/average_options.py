@@ -1,0 +1,89 @@
+"""The options of ``average_checkpoints`` that every command which averages takes, too."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self, TypedDict
+
+from ckptavg.recipe import Accumulate, Buffers, OutputDType, Recipe
+from ckptavg.results import Progress
+from ckptavg.schemes import Scheme
+from ckptavg.selection import Selection
+from ckptavg.tensors import OutputFormat
+
+
+class AverageOptions(TypedDict, total=False):
+    """Selection, arithmetic, reading, machine and output; see ``average_checkpoints``."""
+
+    last: int | None
+    first: int | None
+    every: int | None
+    steps: tuple[int | None, int | None] | None
+    match: str | Sequence[str]
+    accumulate: Accumulate
+    dtype: OutputDType
+    buffers: Buffers
+    allow_nonfinite: bool
+    adapter_rank: int | None
+    adapter_factors: bool
+    state_key: str | None
+    strip_prefixes: Sequence[str]
+    keep_prefix: bool
+    device: str
+    memory_budget_bytes: int
+    n_threads: int | None
+    max_shard_bytes: int | None
+    output_format: OutputFormat
+    overwrite: bool
+    include_code: bool
+    cache: bool
+    distributed: bool
+    progress: Progress | None
+    command: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Those options, sorted by who wants them.
+
+    Attributes:
+        recipe: For the plan.
+        preparing: Keyword arguments of ``prepared_average``.
+        distributed, progress, command: As in ``average_checkpoints``.
+    """
+
+    recipe: Recipe
+    preparing: Mapping[str, Any]
+    distributed: bool
+    progress: Progress | None
+    command: str | None
+
+    @classmethod
+    def of(cls, schemes: Sequence[Scheme], options: Mapping[str, Any]) -> Self:
+        """Sort options.
+
+        Raises:
+            UsageError: If a value makes no sense.
+        """
+        left = dict(options)
+        if "match" in left:
+            match = left["match"]
+            left["match"] = (match,) if isinstance(match, str) else tuple(match)
+        running = {
+            "distributed": left.pop("distributed", False),
+            "progress": left.pop("progress", None),
+            "command": left.pop("command", None),
+        }
+        chosen, recipe = (
+            {one.name: left.pop(one.name) for one in fields(kind) if one.name in left}
+            for kind in (Selection, Recipe)
+        )
+        return cls(
+            recipe=Recipe(schemes=tuple(schemes), **recipe),
+            preparing={"selection": Selection(**chosen), **left},
+            **running,
+        )
+
+    @property
+    def overwrite(self) -> bool:
+        """Whether an existing output is replaced."""
+        return bool(self.preparing.get("overwrite", False))

@@ -1,0 +1,109 @@
+"""Which metric decides, and whether more of it is better."""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ckptavg.errors import UsageError
+
+Mode = Literal["min", "max"]
+
+_LOW = re.compile(
+    r"loss|nll|perplexity|ppl|err(or)?s?|mse|mae|rmse|wer|cer|fid|bpb|bpc|ece|brier", re.IGNORECASE
+)
+_HIGH = re.compile(
+    r"acc(uracy)?|acc\d|f1|f1score|auc|auroc|bleu|rouge\w*|iou|miou|map|top\d|recall|precision|r2|em"
+    r"|exact|match|score|reward|correct",
+    re.IGNORECASE,
+)
+
+
+def best_mode(name: str, mode: Mode | None = None) -> Mode:
+    """Return whether a metric is best when small or when large.
+
+    By the words in its name (``eval_loss``, ``val/acc``) where ``mode`` does not say it.
+
+    Raises:
+        UsageError: If neither tells.
+    """
+    if mode is not None:
+        if mode not in ("min", "max"):
+            raise UsageError(f"mode is '{mode}', expected min or max")
+        return mode
+    words = [word for word in re.split(r"[^a-zA-Z0-9]+|(?<=[a-z])(?=[A-Z])", name) if word]
+    low, high = any(map(_LOW.fullmatch, words)), any(map(_HIGH.fullmatch, words))
+    if low == high:
+        raise UsageError(
+            f"whether '{name}' is best when small or when large, its name does not tell; say it "
+            "with --mode min or --mode max"
+        )
+    return "min" if low else "max"
+
+
+def is_better(one: float, other: float, mode: Mode) -> bool:
+    """Tell whether a value is better than another; NaN is worse than everything else."""
+    if math.isnan(one) or math.isnan(other):
+        return math.isnan(other) and not math.isnan(one)
+    return one < other if mode == "min" else one > other
+
+
+def chosen_metric(names: Iterable[str], metric: str | None) -> str:
+    """Return the metric that decides: the one asked for, or the only one there is.
+
+    Raises:
+        UsageError: If it is not there, or there are several and none was asked for.
+    """
+    there = list(names)
+    if metric is None:
+        if len(there) == 1:
+            return there[0]
+        raise UsageError(f"which metric decides? Say it with --metric: {', '.join(there)}")
+    if metric in there:
+        return metric
+    close = difflib.get_close_matches(metric, there, n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    raise UsageError(f"there is no metric '{metric}', but {', '.join(there) or 'none'}{hint}")
+
+
+@dataclass
+class Judge:
+    """Compares models by one of their metrics, which the first of them settles.
+
+    Attributes:
+        metric: Its name; None until there is one, where it is the only one.
+        mode: Whether it is best when small or when large; None until its name has told.
+    """
+
+    metric: str | None = None
+    mode: Mode | None = None
+
+    def value(self, metrics: Mapping[str, float]) -> float:
+        """Return what decides.
+
+        Raises:
+            UsageError: If the metric is not there, is one of several, or has no direction.
+        """
+        self.metric = chosen_metric(metrics, self.metric)
+        self.mode = best_mode(self.metric, self.mode)
+        return metrics[self.metric]
+
+    def is_better(self, one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+        """Tell whether the first is really better."""
+        value, against = self.value(one), self.value(other)
+        return is_better(value, against, best_mode(self.metric or "", self.mode))
+
+    def best(self, all_of: Mapping[str, Mapping[str, float]]) -> str:
+        """Return the name of the best; of equals the first.
+
+        Raises:
+            UsageError: As ``value`` does.
+        """
+        names = iter(all_of)
+        best = next(names)
+        for name in names:
+            if self.is_better(all_of[name], all_of[best]):
+                best = name
+        return best

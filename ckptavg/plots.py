@@ -1,0 +1,86 @@
+"""Pictures of what was measured; the only module that knows matplotlib (extra ``plots``)."""
+
+import importlib.util
+import io
+from collections.abc import Sequence
+
+from ckptavg.errors import UsageError
+from ckptavg.metrics import Judge
+from ckptavg.results import ComparisonRow, SweepRow
+
+# Okabe and Ito's colours, which colour-blind people tell apart
+_BLUE, _ORANGE, _BLACK = "#0072B2", "#D55E00", "#000000"
+_CONTROL_STYLES = ((_BLACK, ":"), (_BLACK, "--"), (_ORANGE, ":"), (_ORANGE, "--"))
+_CURVE_POINTS = 3
+_NAME_LENGTH = 48
+_DPI = 150
+
+
+def require_matplotlib() -> None:
+    """Refuse a plot where matplotlib is missing.
+
+    Raises:
+        UsageError: If it is.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("a plot needs matplotlib: pip install 'ckptavg[plots]'")
+
+
+def sweep_plot(
+    averages: Sequence[SweepRow], controls: Sequence[ComparisonRow], judge: Judge
+) -> bytes:
+    """Draw the averages of a sweep against what one has without averaging.
+
+    Where at least three uniform means of the last checkpoints are among them, a second panel shows
+    the metric over their number.
+
+    Args:
+        averages: Best first.
+        controls: What they are compared with.
+        judge: The metric.
+
+    Returns:
+        A PNG image.
+    """
+    from matplotlib.figure import Figure
+
+    curve = sorted(
+        (row.n_checkpoints, judge.value(row.metrics))
+        for row in averages
+        if row.scheme is not None and row.scheme.partition(":")[0] == "uniform"
+    )
+    has_curve = len({number for number, _ in curve}) >= _CURVE_POINTS
+    height = 1.6 + 0.26 * len(averages)
+    figure = Figure(figsize=(11 if has_curve else 7, max(height, 3.2)), layout="constrained")
+    panels = figure.subplots(1, 2 if has_curve else 1, squeeze=False)[0]
+    worst_first = averages[::-1]
+    values = [judge.value(row.metrics) for row in worst_first]
+    dots, place = panels[0], range(len(averages))
+    dots.hlines(place, min(values), values, color=_BLUE, alpha=0.3, linewidth=1)
+    dots.plot(values, place, "o", color=_BLUE)
+    dots.set_yticks(place, [_short(row.name) for row in worst_first])
+    better = "lower is better" if judge.mode == "min" else "higher is better"
+    dots.set_xlabel(f"{judge.metric} ({better})")
+    dots.set_title("averages, best on top", fontsize="medium")
+    if has_curve:
+        numbers, heights = zip(*curve, strict=True)
+        panels[1].plot(numbers, heights, "o-", color=_BLUE, label="uniform mean")
+        panels[1].set_xlabel("checkpoints averaged")
+        panels[1].set_ylabel(judge.metric)
+        panels[1].set_title("over the number of checkpoints", fontsize="medium")
+    for row, (color, style) in zip(controls, _CONTROL_STYLES, strict=False):
+        value, label = judge.value(row.metrics), _short(row.name)
+        dots.axvline(value, color=color, linestyle=style, linewidth=1.2, label=label)
+        if has_curve:
+            panels[1].axhline(value, color=color, linestyle=style, linewidth=1.2)
+    for panel in panels:
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=_DPI)
+    return image.getvalue()
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _NAME_LENGTH else f"...{name[3 - _NAME_LENGTH :]}"
