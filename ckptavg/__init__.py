@@ -50,8 +50,11 @@ if TYPE_CHECKING:
         RunCheckpoint,
         RunInfo,
         StageTimes,
+        SweepResult,
+        SweepRow,
     )
     from ckptavg.schemes import Scheme, parse_scheme
+    from ckptavg.search.sweep import sweep
     from ckptavg.selection import Selection
     from ckptavg.tensors import HubRevision, PushResult
 
@@ -65,13 +68,13 @@ _HOME = {
     "BnConvergence": "batchnorm",
     "BnLayerReport": "batchnorm",
     "BnPass": "results",
-    "EvalCommand": "eval_command",
     "BnReport": "batchnorm",
     "Checkpoint": "checkpoint",
     "CheckpointError": "errors",
     "CheckpointInfo": "results",
     "CkptavgError": "errors",
     "ComparisonRow": "results",
+    "EvalCommand": "eval_command",
     "HubError": "errors",
     "HubRevision": "tensors",
     "IncompatibleCheckpointsError": "errors",
@@ -91,6 +94,8 @@ _HOME = {
     "Selection": "selection",
     "SourceError": "errors",
     "StageTimes": "results",
+    "SweepResult": "results",
+    "SweepRow": "results",
     "UsageError": "errors",
     "average_checkpoints": "pipeline",
     "hub_revisions": "pipeline",
@@ -103,6 +108,7 @@ _HOME = {
     "push_model": "pipeline",
     "recompute_bn": "pipeline",
     "recompute_bn_stats": "batchnorm",
+    "sweep": "search.sweep",
 }
 
 __all__ = [
@@ -140,6 +146,8 @@ __all__ = [
     "Selection",
     "SourceError",
     "StageTimes",
+    "SweepResult",
+    "SweepRow",
     "UsageError",
     "__version__",
     "average_checkpoints",
@@ -153,6 +161,7 @@ __all__ = [
     "push_model",
     "recompute_bn",
     "recompute_bn_stats",
+    "sweep",
 ]
 
 

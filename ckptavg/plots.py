@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import re
 from collections.abc import Sequence
 
 from ckptavg.errors import UsageError
@@ -11,6 +12,7 @@ from ckptavg.results import ComparisonRow, SweepRow
 # Okabe and Ito's colours, which colour-blind people tell apart
 _BLUE, _ORANGE, _BLACK = "#0072B2", "#D55E00", "#000000"
 _CONTROL_STYLES = ((_BLACK, ":"), (_BLACK, "--"), (_ORANGE, ":"), (_ORANGE, "--"))
+_LAST_SO_MANY = re.compile(r"uniform(:last=\d+)?")
 _CURVE_POINTS = 3
 _NAME_LENGTH = 48
 _DPI = 150
@@ -43,13 +45,14 @@ def sweep_plot(
         A PNG image.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     curve = sorted(
         (row.n_checkpoints, judge.value(row.metrics))
         for row in averages
-        if row.scheme is not None and row.scheme.partition(":")[0] == "uniform"
+        if row.scheme is not None and _LAST_SO_MANY.fullmatch(row.scheme)
     )
-    has_curve = len({number for number, _ in curve}) >= _CURVE_POINTS
+    has_curve = len(curve) >= _CURVE_POINTS
     height = 1.6 + 0.26 * len(averages)
     figure = Figure(figsize=(11 if has_curve else 7, max(height, 3.2)), layout="constrained")
     panels = figure.subplots(1, 2 if has_curve else 1, squeeze=False)[0]
@@ -68,8 +71,9 @@ def sweep_plot(
         panels[1].set_xlabel("checkpoints averaged")
         panels[1].set_ylabel(judge.metric)
         panels[1].set_title("over the number of checkpoints", fontsize="medium")
+        panels[1].xaxis.set_major_locator(MaxNLocator(integer=True))
     for row, (color, style) in zip(controls, _CONTROL_STYLES, strict=False):
-        value, label = judge.value(row.metrics), _short(row.name)
+        value, label = judge.value(row.metrics), row.name.partition(":")[0]
         dots.axvline(value, color=color, linestyle=style, linewidth=1.2, label=label)
         if has_curve:
             panels[1].axhline(value, color=color, linestyle=style, linewidth=1.2)

@@ -97,8 +97,8 @@ def command(
     from ckptavg.prepare import chosen_schemes, prepared_average
     from ckptavg.processes import is_first_process, started_by_torchrun
     from ckptavg.recipe import Recipe
+    from ckptavg.search.sweep import check_sweep, sweep
     from ckptavg.selection import Selection
-    from ckptavg.sweep import check_sweep, sweep
 
     distributed = started_by_torchrun()
     is_first = is_first_process()
@@ -161,8 +161,8 @@ def _done(found: "SweepResult") -> str:
 
 def sweep_lines(found: "SweepResult") -> list[str]:
     """Return the table of a sweep: averages best first, then what they are compared with."""
-    from ckptavg.evidence import told_rows
     from ckptavg.metrics import Judge
+    from ckptavg.search.evidence import told_rows
 
     rows = told_rows(found.rows, Judge(found.metric, found.mode))
     return metrics_table("  average", [(row.name, row.metrics) for row in rows])

@@ -13,10 +13,8 @@ from typing import Any, Literal, Unpack, get_args
 from ckptavg._version import __version__
 from ckptavg.average_options import AverageOptions, Request
 from ckptavg.checkpoint import Checkpoint
-from ckptavg.contest import Contest
 from ckptavg.errors import UsageError
 from ckptavg.evaluation_log import EvaluationLog, judge_text
-from ckptavg.evidence import sweep_files, told_rows, verdict
 from ckptavg.journal import EVALUATIONS_NAME
 from ckptavg.metrics import Judge, Mode, best_mode
 from ckptavg.output import OutputDirectory
@@ -26,6 +24,8 @@ from ckptavg.processes import joined_processes
 from ckptavg.provenance import weight_file_metadata
 from ckptavg.results import BnPass, SweepResult
 from ckptavg.schemes import Scheme
+from ckptavg.search.contest import Contest
+from ckptavg.search.evidence import sweep_files, told_rows, verdict
 from ckptavg.sources import SingleCheckpoint, Source
 from ckptavg.steps import (
     Averaged,

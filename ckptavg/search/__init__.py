@@ -1,0 +1,1 @@
+"""Which average is best: many of them from one read, each judged by the user's evaluation."""
