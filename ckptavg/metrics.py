@@ -15,10 +15,11 @@ _LOW = re.compile(
     r"loss|nll|perplexity|ppl|err(or)?s?|mse|mae|rmse|wer|cer|fid|bpb|bpc|ece|brier", re.IGNORECASE
 )
 _HIGH = re.compile(
-    r"acc(uracy)?|acc\d|f1|f1score|auc|auroc|bleu|rouge\w*|iou|miou|map|top\d|recall|precision|r2|em"
-    r"|exact|match|score|reward|correct",
+    r"acc(uracy)?|acc\d|f1|f1score|auc|auroc|bleu|rouge\w*|iou|miou|map|recall|precision|r2|em"
+    r"|score|reward|correct",
     re.IGNORECASE,
 )
+_HIGH_BY_ITSELF = re.compile(r"top\d|exact|match", re.IGNORECASE)  # not in top1_err
 
 
 def best_mode(name: str, mode: Mode | None = None) -> Mode:
@@ -33,8 +34,10 @@ def best_mode(name: str, mode: Mode | None = None) -> Mode:
         if mode not in ("min", "max"):
             raise UsageError(f"mode is '{mode}', expected min or max")
         return mode
-    words = [word for word in re.split(r"[^a-zA-Z0-9]+|(?<=[a-z])(?=[A-Z])", name) if word]
+    words = re.split(r"[^a-zA-Z0-9]+", name)
+    words += re.split(r"[^a-zA-Z0-9]+|(?<=[a-z])(?=[A-Z])", name)
     low, high = any(map(_LOW.fullmatch, words)), any(map(_HIGH.fullmatch, words))
+    high = high or (not low and any(map(_HIGH_BY_ITSELF.fullmatch, words)))
     if low == high:
         raise UsageError(
             f"whether '{name}' is best when small or when large, its name does not tell; say it "

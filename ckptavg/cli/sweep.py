@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 _EPILOG = """\b
 Examples:
   ckptavg sweep runs/exp7 -o best --scheme uniform:last=1..20 --eval-command 'python ev.py {model}'
-  ckptavg sweep epoch-{17..36}.pt -o best --scheme uniform --scheme ema:decay=0.9 \\
-      --model my_pkg:build --data my_pkg:batches --eval my_pkg:validate --metric accuracy
+  ckptavg sweep runs/exp7 -o best --scheme uniform --scheme ema:decay=0.9 --model m:net --eval m:val
+  ckptavg sweep runs/exp7 -o b --scheme uniform:last=2..9 --model m:net --data m:data --eval m:val
 """
 
 

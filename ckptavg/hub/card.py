@@ -135,6 +135,10 @@ def _body(told: Mapping[str, Any]) -> Iterator[str]:
     yield "\n".join(_table(checkpoints)) + "\n"
     yield "## How it was made\n"
     yield "\n".join(_facts(told)) + "\n"
+    comparison = told.get("comparison")
+    if comparison:
+        yield "## What it was compared with\n"
+        yield "\n".join(_comparison(comparison)) + "\n"
     if told.get("command"):
         yield f"```sh\n{_code(told['command'])}\n```\n"
 
@@ -152,10 +156,25 @@ def _table(checkpoints: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         commit = f"`{hub['commit']}`" if hub else ""
         yield (
             f"| {_cell(str(one['source']))} | {commit} | {'' if step is None else step} "
-            f"| {one['coefficient']:.6g} |"
+            f"| {_number(one['coefficient'])} |"
         )
     if len(checkpoints) > _MAX_ROWS:
         yield f"| and {len(checkpoints) - _MAX_ROWS} more: see ckptavg.json | | | |"
+
+
+def _comparison(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    yield f"| | {' | '.join(map(_cell, names))} |"
+    yield f"|---|{'---:|' * len(names)}"
+    for row in rows[:_MAX_ROWS]:
+        values = (_number(row["metrics"].get(name)) for name in names)
+        yield f"| {_cell(str(row['name']))} | {' | '.join(values)} |"
+    if len(rows) > _MAX_ROWS:
+        yield f"| and {len(rows) - _MAX_ROWS} more: see ckptavg.json |{' |' * len(names)}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
 
 
 def _facts(told: Mapping[str, Any]) -> Iterator[str]:
