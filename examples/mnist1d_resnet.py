@@ -1,12 +1,13 @@
 """The model and the training batches of the quick start, where ``ckptavg`` can import them.
 
 ``ckptavg`` averages files without knowing what they are. Only to recompute BatchNorm (BN)
-statistics does it need to run the model, and then it is told where to find two things::
+statistics, and to judge models, does it need to run one, and then it is told where to find::
 
     --model mnist1d_resnet:build             called without arguments, returns the model
     --data  mnist1d_resnet:train_batches     called without arguments, returns batches of inputs
+    --eval  mnist1d_resnet:scores            called with a model, returns numbers by name
 
-In your own project these are usually two short functions around code that you already have.
+In your own project these are usually short functions around code that you already have.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ torch.backends.cudnn.allow_tf32 = False  # on a GPU, too, statistics to float32 
 N_CLASSES = 10
 N_TRAIN = 4000
 N_TEST = 4000
-N_VALIDATION = 1000  # held out for choices such as the number of epochs; unused in the quick start
+N_VALIDATION = 1000  # held out for choices, such as which average; unused in the quick start
 BN_BATCH_SIZE = 500  # BN statistics want large batches (128 or more), however small training's were
 
 
@@ -78,6 +79,8 @@ class Mnist1d:
 
     train_signals: Tensor
     train_digits: Tensor
+    validation_signals: Tensor
+    validation_digits: Tensor
     test_signals: Tensor
     test_digits: Tensor
 
@@ -96,11 +99,15 @@ def load_mnist1d() -> Mnist1d:
     arguments.train_split = (N_TRAIN + 0.5) / arguments.num_samples
     arguments.corr_noise_scale = 0.25
     generated = make_dataset(arguments)
+    held_out_signals = torch.tensor(generated["x_test"], dtype=torch.float32)[:, None]
+    held_out_digits = torch.tensor(generated["y_test"])
     return Mnist1d(
         train_signals=torch.tensor(generated["x"], dtype=torch.float32)[:, None],
         train_digits=torch.tensor(generated["y"]),
-        test_signals=torch.tensor(generated["x_test"], dtype=torch.float32)[N_VALIDATION:, None],
-        test_digits=torch.tensor(generated["y_test"])[N_VALIDATION:],
+        validation_signals=held_out_signals[:N_VALIDATION],
+        validation_digits=held_out_digits[:N_VALIDATION],
+        test_signals=held_out_signals[N_VALIDATION:],
+        test_digits=held_out_digits[N_VALIDATION:],
     )
 
 
@@ -112,3 +119,19 @@ def build() -> ResNet1d:
 def train_batches() -> Sequence[Tensor]:
     """Return the inputs of the whole training set in batches of 500; labels are not needed."""
     return torch.split(load_mnist1d().train_signals, BN_BATCH_SIZE)
+
+
+def scores(model: nn.Module) -> dict[str, float]:
+    """Judge a model: accuracy in percent and mean negative log-likelihood in nats.
+
+    Choose by ``validation_accuracy``; the others are measured on the test set.
+    """
+    dataset = load_mnist1d()
+    validation = model(dataset.validation_signals).argmax(dim=1) == dataset.validation_digits
+    logits = model(dataset.test_signals)
+    test = logits.argmax(dim=1) == dataset.test_digits
+    return {
+        "validation_accuracy": 100 * validation.double().mean().item(),
+        "accuracy": 100 * test.double().mean().item(),
+        "nll": functional.cross_entropy(logits, dataset.test_digits).item(),
+    }
