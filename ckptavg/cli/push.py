@@ -108,7 +108,7 @@ def chosen_push(options: dict[str, Any], *, first: bool) -> Push | None:
     check_target(repo)
     if reference is not None and reference.path:
         raise UsageError(f"{target}: is not of the form org/name or org/name@branch")
-    if revision is not None and len(options.get("schemes", ())) > 1:
+    if revision is not None and _makes_several(options):
         raise UsageError(f"{target}: several averages go to a branch each, named like them")
     card_text = _card_text(card)
     if first:
@@ -116,6 +116,15 @@ def chosen_push(options: dict[str, Any], *, first: bool) -> Push | None:
 
         check_may_push(repo)
     return Push(repo, revision, private, card, card_text)
+
+
+def _makes_several(options: dict[str, Any]) -> bool:
+    """Tell whether the schemes that a command was given make more than one model."""
+    from ckptavg.prepare import chosen_schemes
+    from ckptavg.schemes import output_names
+
+    schemes = chosen_schemes(options.get("schemes", ()), None)
+    return len(output_names(schemes)) > 1
 
 
 def push_and_echo(

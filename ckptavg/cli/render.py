@@ -13,9 +13,12 @@ from ckptavg.errors import AfterPublishError, OutputError, printable
 
 if TYPE_CHECKING:
     from ckptavg.batchnorm import BnReport
+    from ckptavg.coefficients import CoefficientRow
     from ckptavg.prepare import Prepared
     from ckptavg.results import AverageResult, OutputResult
     from ckptavg.tensors import PushResult
+
+_SCHEME_CHARACTERS = 60
 
 
 def echo_lines(lines: Iterable[str]) -> None:
@@ -138,7 +141,7 @@ def summary_lines(result: "AverageResult", done: str) -> list[str]:
     for one in result.outputs:
         if len(result.outputs) > 1:
             n_used = sum(coefficient != 0 for coefficient in one.coefficients)
-            lines.append(f"  {one.path}: {one.scheme}, {n_used} checkpoints")
+            lines.append(f"  {one.path}: {shortened(one.scheme)}, {n_used} checkpoints")
         if one.differing:
             lines.append(
                 f"  {len(one.differing)} integer tensors differed, taken from {one.taken_from}: "
@@ -219,22 +222,28 @@ def plan_lines(prepared: "Prepared", output: str) -> list[str]:
             f"  {plan.labels[index]}",
             "-" if plan.steps[index] is None else str(plan.steps[index]),
             "-" if plan.epochs[index] is None else str(plan.epochs[index]),
-            *(f"{one.row.coefficients[index]:.6g}" for one in plan.outputs),
+            *(_coefficient(one.row, index) for one in plan.outputs),
             size(sum(file.size for file in plan.files[index])),
         ]
         for index in range(plan.n_checkpoints)
     ]
+    from ckptavg.coefficients import GaussianNoise
     from ckptavg.provenance import tensor_summary
 
     summary = tensor_summary(plan, plan.outputs[0], None)
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in summary["averaged_dtypes"].items())
     several = len(plan.outputs) > 1
-    what = f"{len(plan.outputs)} averages" if several else str(plan.outputs[0].scheme)
+    what = f"{len(plan.outputs)} averages" if several else shortened(str(plan.outputs[0].scheme))
     coefficients = [one.name for one in plan.outputs] if several else ["coefficient"]
     lines = [
         f"would average {plan.n_checkpoints} checkpoints ({what}) into {output}; "
         "nothing was read but headers",
         *table(["  checkpoint", "step", "epoch", *coefficients, "size"], rows),
+        *(
+            f"{one.name or 'average'}: {one.row.statistic_name} is added"
+            for one in plan.outputs
+            if isinstance(one.row.statistic, GaussianNoise)
+        ),
         f"tensors: {summary['averaged']} averaged" + (f" ({dtypes})" if dtypes else ""),
     ]
     if summary["copied"]:
@@ -280,7 +289,8 @@ def plan_json(prepared: "Prepared", output: str) -> dict[str, Any]:
             {
                 "name": one.name,
                 "scheme": str(one.scheme),
-                "coefficients": one.row.coefficients,
+                "coefficients": one.row.told_coefficients,
+                "statistic": one.row.statistic_name,
                 "tensors": tensor_summary(plan, one, None),
                 "side_files": [file.name for file in files],
             }
@@ -307,6 +317,18 @@ def plan_json(prepared: "Prepared", output: str) -> dict[str, Any]:
         "batchnorm_pass": prepared.run_bn_pass is not None,
         "notes": [*plan.notes, *prepared.notes],
     }
+
+
+def shortened(scheme: str) -> str:
+    """Return a scheme as typed, without the middle of a long list of numbers."""
+    if len(scheme) <= _SCHEME_CHARACTERS:
+        return scheme
+    return f"{scheme[: _SCHEME_CHARACTERS - 20]}...{scheme[-17:]}"
+
+
+def _coefficient(row: "CoefficientRow", index: int) -> str:
+    told = row.told_coefficients[index]
+    return str(row.statistic_name) if told is None else f"{told:.6g}"
 
 
 def _some(names: Sequence[str], count: int = 3) -> str:

@@ -152,10 +152,14 @@ def _table(checkpoints: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         commit = f"`{hub['commit']}`" if hub else ""
         yield (
             f"| {_cell(str(one['source']))} | {commit} | {'' if step is None else step} "
-            f"| {one['coefficient']:.6g} |"
+            f"| {_coefficient(one['coefficient'])} |"
         )
     if len(checkpoints) > _MAX_ROWS:
         yield f"| and {len(checkpoints) - _MAX_ROWS} more: see ckptavg.json | | | |"
+
+
+def _coefficient(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
 
 
 def _facts(told: Mapping[str, Any]) -> Iterator[str]:
