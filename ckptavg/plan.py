@@ -263,7 +263,7 @@ def plan_average(
     derived = derive_groups(checkpoints, configs, recipe, [output.row for output in outputs])
     refuse_statistics(derived, [(str(output.scheme), output.row) for output in outputs])
 
-    plan_notes = [*notes, *scheme_notes]
+    plan_notes = [*notes]
     for checkpoint in checkpoints:
         plan_notes.extend(f"{checkpoint.label}: {note}" for note in checkpoint.notes)
     owners, tie_notes = tied_names(checkpoints)
@@ -274,6 +274,7 @@ def plan_average(
             f"{n_factors} tensors are LoRA factors: the mean of the factors is only near the mean "
             "of their products, and only for checkpoints of one run"
         )
+    plan_notes += scheme_notes
     n_unused = len(checkpoints) - len({index for one in outputs for index in one.row.used})
     if n_unused:
         plan_notes.append(f"{n_unused} of the {len(checkpoints)} checkpoints go into no average")

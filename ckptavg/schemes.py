@@ -14,6 +14,7 @@ from ckptavg.scheme_windows import Positions, window_of
 _LABEL = re.compile(r"\w[\w.+-]{0,99}", re.ASCII)  # a directory that needs no quoting
 _UNTAME = re.compile(r"[^\w.+-]+", re.ASCII)
 _MAX_SCHEMES = 1000
+_SHOWN_CHARACTERS = 60  # of a scheme in messages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -317,9 +318,16 @@ def coefficient_rows(
     scheme.check_count(n_checkpoints)
     given, told = _given(scheme), list[str]() if notes is None else notes
     window = window_of(
-        str(scheme), given, positions, told, by_step=not kind.one_step_each
-    )  # fmt: skip
+        shortened(str(scheme)), given, positions, told, by_step=not kind.one_step_each
+    )
     return list(zip(scheme.suffixes, kind.rows(given, window), strict=True))
+
+
+def shortened(scheme: str) -> str:
+    """Return a scheme as typed, without the middle of a long list of numbers."""
+    if len(scheme) <= _SHOWN_CHARACTERS:
+        return scheme
+    return f"{scheme[: _SHOWN_CHARACTERS // 2]}...{scheme[-_SHOWN_CHARACTERS // 4 :]}"
 
 
 def output_names(schemes: Sequence[Scheme]) -> tuple[str, ...]:

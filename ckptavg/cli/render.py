@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from ckptavg.results import AverageResult, OutputResult
     from ckptavg.tensors import PushResult
 
-_SCHEME_CHARACTERS = 60
-
 
 def echo_lines(lines: Iterable[str]) -> None:
     """Print lines to stdout.
@@ -125,6 +123,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def summary_lines(result: "AverageResult", done: str) -> list[str]:
     """Return what a finished run says."""
+    from ckptavg.schemes import shortened
+
     peaks = [f"peak memory {size(result.peak_host_bytes)}"] if result.peak_host_bytes else []
     if result.peak_device_bytes is not None:
         peaks.append(f"{size(result.peak_device_bytes)} on {result.device}")
@@ -229,6 +229,7 @@ def plan_lines(prepared: "Prepared", output: str) -> list[str]:
     ]
     from ckptavg.coefficients import GaussianNoise
     from ckptavg.provenance import tensor_summary
+    from ckptavg.schemes import shortened
 
     summary = tensor_summary(plan, plan.outputs[0], None)
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in summary["averaged_dtypes"].items())
@@ -317,13 +318,6 @@ def plan_json(prepared: "Prepared", output: str) -> dict[str, Any]:
         "batchnorm_pass": prepared.run_bn_pass is not None,
         "notes": [*plan.notes, *prepared.notes],
     }
-
-
-def shortened(scheme: str) -> str:
-    """Return a scheme as typed, without the middle of a long list of numbers."""
-    if len(scheme) <= _SCHEME_CHARACTERS:
-        return scheme
-    return f"{scheme[: _SCHEME_CHARACTERS - 20]}...{scheme[-17:]}"
 
 
 def _coefficient(row: "CoefficientRow", index: int) -> str:

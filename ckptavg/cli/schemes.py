@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckptavg.cli.render import shortened
 from ckptavg.errors import printable
 
 if TYPE_CHECKING:
@@ -40,6 +39,8 @@ def echo_coefficients(plan: "AveragePlan") -> None:
 
 def _told(plan: "AveragePlan", output: "OutputPlan") -> str:
     """Say in a line what goes into an average, oldest first."""
+    from ckptavg.schemes import shortened
+
     row = output.row
     labels = [plan.labels[index] for index in row.used]
     whose = f"{labels[0]} to {labels[-1]}" if len(labels) > 1 else labels[0]
