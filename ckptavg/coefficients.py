@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-_EQUAL = 2.0**-50  # relative difference of coefficients that differ by rounding only
+_EQUAL = 1e-14  # relative difference of coefficients that differ by rounding only
 
 
 @dataclass(frozen=True, slots=True)

@@ -928,7 +928,8 @@ def test_average_prints_the_comparison_below_the_pass(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = call(capsys, *AVERAGE, "--eval", "compared:identify", "--compare-bn")
-    told = "coefficients: uniform: 0.333333 each of 3 checkpoints (epoch-1.pt to epoch-3.pt)\n"
+    first, last = "step1.safetensors", "step3.safetensors"
+    told = f"coefficients: uniform: 0.333333 each of 3 checkpoints ({first} to {last})\n"
     assert (code, err) == (0, told + FEW_SAMPLES)
     head, _, table = out.partition("  evaluation")
     assert head == (

@@ -139,7 +139,8 @@ def test_dry_run_tells_the_plan_and_writes_nothing(
     assert code == 0
     size = "2.98 kB"
     assert re.sub(r"[\d.]+ kB\n", f"{size}\n", out) == (
-        "would average 3 checkpoints (coefficients:0.3333333333333333...6666666666,0.5) into swa; "
+        "would average 3 checkpoints "
+        "(coefficients:0.3333333333333333,0.16666666666666666,0.5) into swa; "
         "nothing was read but headers\n"
         "  checkpoint   step  epoch  coefficient     size\n"
         f"  epoch-9.pt      -      9     0.333333  {size}\n"
