@@ -53,7 +53,8 @@ if TYPE_CHECKING:
         SweepResult,
         SweepRow,
     )
-    from ckptavg.schemes import Scheme, parse_scheme
+    from ckptavg.scheme_kinds import SchemeKind, list_schemes
+    from ckptavg.schemes import Scheme, parse_scheme, parse_schemes
     from ckptavg.search.sweep import sweep
     from ckptavg.selection import Selection
     from ckptavg.tensors import HubRevision, PushResult
@@ -91,6 +92,7 @@ _HOME = {
     "RunCheckpoint": "results",
     "RunInfo": "results",
     "Scheme": "schemes",
+    "SchemeKind": "scheme_kinds",
     "Selection": "selection",
     "SourceError": "errors",
     "StageTimes": "results",
@@ -101,9 +103,11 @@ _HOME = {
     "hub_revisions": "pipeline",
     "inspect_checkpoint": "pipeline",
     "inspect_run": "pipeline",
+    "list_schemes": "scheme_kinds",
     "model_from": "model_zoo",
     "open_checkpoint": "checkpoint",
     "parse_scheme": "schemes",
+    "parse_schemes": "schemes",
     "plan_average": "plan",
     "push_model": "pipeline",
     "recompute_bn": "pipeline",
@@ -143,6 +147,7 @@ __all__ = [
     "RunCheckpoint",
     "RunInfo",
     "Scheme",
+    "SchemeKind",
     "Selection",
     "SourceError",
     "StageTimes",
@@ -154,9 +159,11 @@ __all__ = [
     "hub_revisions",
     "inspect_checkpoint",
     "inspect_run",
+    "list_schemes",
     "model_from",
     "open_checkpoint",
     "parse_scheme",
+    "parse_schemes",
     "plan_average",
     "push_model",
     "recompute_bn",

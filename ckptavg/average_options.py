@@ -1,9 +1,10 @@
 """The options of ``average_checkpoints`` that every command which averages takes, too."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self, TypedDict
 
+from ckptavg.plan import AveragePlan
 from ckptavg.recipe import Accumulate, Buffers, OutputDType, Recipe
 from ckptavg.results import Progress
 from ckptavg.schemes import Scheme
@@ -38,6 +39,7 @@ class AverageOptions(TypedDict, total=False):
     cache: bool
     distributed: bool
     progress: Progress | None
+    planned: Callable[[AveragePlan], None] | None
     command: str | None
 
 
@@ -48,13 +50,14 @@ class Request:
     Attributes:
         recipe: For the plan.
         preparing: Keyword arguments of ``prepared_average``.
-        distributed, progress, command: As in ``average_checkpoints``.
+        distributed, progress, planned, command: As in ``average_checkpoints``.
     """
 
     recipe: Recipe
     preparing: Mapping[str, Any]
     distributed: bool
     progress: Progress | None
+    planned: Callable[[AveragePlan], None] | None
     command: str | None
 
     @classmethod
@@ -71,6 +74,7 @@ class Request:
         running = {
             "distributed": left.pop("distributed", False),
             "progress": left.pop("progress", None),
+            "planned": left.pop("planned", None),
             "command": left.pop("command", None),
         }
         chosen, recipe = (

@@ -6,7 +6,7 @@ sources -> checkpoints (headers only) -> plan -> average -> writer -> [BatchNorm
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from ckptavg.gathering import find_run_of, open_source
 from ckptavg.hub import natural_order
 from ckptavg.inspecting import checkpoint_info, run_info
 from ckptavg.output import OutputDirectory
+from ckptavg.plan import AveragePlan
 from ckptavg.prepare import chosen_schemes
 from ckptavg.processes import joined_processes
 from ckptavg.provenance import weight_file_metadata
@@ -77,6 +78,7 @@ def average_checkpoints(
     include_code: bool = True,
     cache: bool = False,
     distributed: bool = False,
+    planned: Callable[[AveragePlan], None] | None = None,
     progress: Progress | None = None,
     command: str | None = None,
 ) -> AverageResult:
@@ -98,7 +100,7 @@ def average_checkpoints(
         every: Take every so-manyth, counted back from the newest.
         steps: Take those of these training steps, both ends included; None leaves an end open.
         match: Take those whose names match one of these patterns, such as ``checkpoint-*``.
-        schemes: What to average, such as ``uniform:last=5``; see ``parse_scheme`` and ``Scheme``.
+        schemes: What to average, such as ``uniform:last=5``; see ``parse_schemes``, ``Scheme``.
             One pass over the checkpoints makes all averages. None given is the uniform mean.
         coefficients: Short for one scheme: one multiplier a checkpoint, in the order of the
             sources.
@@ -125,6 +127,7 @@ def average_checkpoints(
         include_code: Copy ``*.py`` files of the model directory; they are never run.
         distributed: Share the work with the other processes that torchrun started; all of them
             call this with the same arguments, and see the same file system.
+        planned: Called with the plan once everything is decided, before any tensor is read.
         progress: Called as work gets done: stage (``average`` in bytes, ``batchnorm`` in samples),
             amount since the last call, total if known.
         command: What to record as the command that made the output; tokens are blanked out.
@@ -169,6 +172,8 @@ def average_checkpoints(
             cache=cache,
         )  # fmt: skip
         plan = prepared.plan
+        if planned is not None:
+            planned(plan)
         directory = OutputDirectory(
             output,
             plan,

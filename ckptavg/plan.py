@@ -21,12 +21,14 @@ from ckptavg.derived import (
     Derived,
     adapter_configs,
     derive_groups,
+    refuse_statistics,
     shapes_that_may_differ,
 )
 from ckptavg.errors import IncompatibleCheckpointsError, UsageError
 from ckptavg.hub import split_into_shards
 from ckptavg.recipe import Recipe
-from ckptavg.schemes import Scheme, coefficient_row, output_names
+from ckptavg.scheme_windows import Positions
+from ckptavg.schemes import Scheme, coefficient_rows, output_names
 from ckptavg.tensors import (
     DTYPE_BY_NAME,
     DType,
@@ -249,7 +251,8 @@ def plan_average(
     check_format(output_format, max_shard_bytes)
     if not checkpoints:
         raise IncompatibleCheckpointsError("nothing to average: no checkpoints")
-    outputs = _outputs(recipe, len(checkpoints))
+    scheme_notes: list[str] = []
+    outputs = _outputs(recipe, checkpoints, scheme_notes)
     reference = checkpoints[-1]
     for checkpoint in checkpoints:
         refuse_unaveragable(checkpoint, output_format)
@@ -258,6 +261,7 @@ def plan_average(
     for checkpoint in checkpoints[:-1]:
         refuse_differences(checkpoint, reference, any_shape=any_shape)
     derived = derive_groups(checkpoints, configs, recipe, [output.row for output in outputs])
+    refuse_statistics(derived, [(str(output.scheme), output.row) for output in outputs])
 
     plan_notes = [*notes]
     for checkpoint in checkpoints:
@@ -270,6 +274,7 @@ def plan_average(
             f"{n_factors} tensors are LoRA factors: the mean of the factors is only near the mean "
             "of their products, and only for checkpoints of one run"
         )
+    plan_notes += scheme_notes
     n_unused = len(checkpoints) - len({index for one in outputs for index in one.row.used})
     if n_unused:
         plan_notes.append(f"{n_unused} of the {len(checkpoints)} checkpoints go into no average")
@@ -341,13 +346,24 @@ def _declared_ties(reference: Checkpoint, output_format: OutputFormat) -> dict[s
     }
 
 
-def _outputs(recipe: Recipe, n_checkpoints: int) -> tuple[OutputPlan, ...]:
-    outputs = []
-    for name, scheme in zip(output_names(recipe.schemes), recipe.schemes, strict=True):
-        row = coefficient_row(scheme, n_checkpoints)
-        take_from = row.used[0 if recipe.buffers == "first" else -1]
-        outputs.append(OutputPlan(name, scheme, row, take_from))
-    return tuple(outputs)
+def _outputs(
+    recipe: Recipe, checkpoints: Sequence[Checkpoint], notes: list[str]
+) -> tuple[OutputPlan, ...]:
+    positions = Positions(
+        tuple(one.label for one in checkpoints),
+        tuple(one.step for one in checkpoints),
+        tuple(one.epoch for one in checkpoints),
+    )
+    rows = [
+        (scheme, row)
+        for scheme in recipe.schemes
+        for _, row in coefficient_rows(scheme, positions, notes)
+    ]
+    names = output_names(recipe.schemes)
+    return tuple(
+        OutputPlan(name, scheme, row, row.used[0 if recipe.buffers == "first" else -1])
+        for name, (scheme, row) in zip(names, rows, strict=True)
+    )
 
 
 def _output_dtype(info: TensorInfo, recipe: Recipe) -> DType:

@@ -24,7 +24,7 @@ from ckptavg.processes import Processes
 from ckptavg.provenance import earlier_provenance, last_averaged
 from ckptavg.recipe import Recipe
 from ckptavg.results import BnPass
-from ckptavg.schemes import Scheme, parse_scheme
+from ckptavg.schemes import Scheme, parse_schemes
 from ckptavg.selection import Selection
 from ckptavg.side_files import SideFile, find_side_files, inherited_front_matter
 from ckptavg.sources import HubAccess, Source
@@ -77,7 +77,9 @@ def chosen_schemes(
         if given:
             raise UsageError("coefficients are a scheme of their own: pass coefficients or schemes")
         given = [Scheme(name="coefficients", coefficients=tuple(coefficients))]
-    parsed = [one if isinstance(one, Scheme) else parse_scheme(one) for one in given]
+    parsed: list[Scheme] = []
+    for one in given:
+        parsed += [one] if isinstance(one, Scheme) else parse_schemes(one)
     return tuple(parsed) or (Scheme(),)
 
 

@@ -77,6 +77,7 @@ def provenance(
         "command": command and without_token(command),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "scheme": str(output.scheme),
+        "statistic": _statistic_json(output),
         "n_sources": plan.n_checkpoints,
         "checkpoints": [
             {
@@ -84,7 +85,7 @@ def provenance(
                 "hub": _hub_json(plan.hubs[index]),
                 "step": plan.steps[index],
                 "epoch": plan.epochs[index],
-                "coefficient": output.row.coefficients[index],
+                "coefficient": output.row.told_coefficients[index],
                 "files": [
                     {
                         "path": file.path,
@@ -179,6 +180,12 @@ def _versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = package_version(name)
     return found
+
+
+def _statistic_json(output: OutputPlan) -> dict[str, Any] | None:
+    """Return what was taken instead of a weighted mean, or added to it."""
+    statistic = output.row.statistic
+    return None if statistic is None else {"name": output.row.statistic_name, **asdict(statistic)}
 
 
 def _hub_json(found: HubRevision | None) -> dict[str, str] | None:

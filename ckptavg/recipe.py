@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from ckptavg.errors import UsageError
-from ckptavg.schemes import Scheme, check_count
+from ckptavg.schemes import Scheme
 
 Accumulate = Literal["auto", "float32", "float64"]
 OutputDType = Literal["same", "float64", "float32", "bfloat16", "float16"]
@@ -17,7 +17,7 @@ class Recipe:
     """What to compute from checkpoints in a given order.
 
     Attributes:
-        schemes: One an output.
+        schemes: One an output, but for those that make several.
         accumulate: dtype of the sums. ``auto`` is float64 for float32 and float64 inputs, float32
             for 16-bit ones.
         dtype: dtype of averaged tensors in the output; ``same`` keeps the inputs'.
@@ -45,17 +45,9 @@ class Recipe:
         """Return the recipe for checkpoints in another order: new[i] was old[order[i]].
 
         Raises:
-            UsageError: If there are not as many coefficients as checkpoints.
+            UsageError: If a scheme has values for more checkpoints, or for fewer.
         """
-        schemes = []
-        for scheme in self.schemes:
-            if scheme.coefficients is not None:
-                check_count(scheme.coefficients, len(order))
-                scheme = replace(
-                    scheme, coefficients=tuple(scheme.coefficients[index] for index in order)
-                )
-            schemes.append(scheme)
-        return replace(self, schemes=tuple(schemes))
+        return replace(self, schemes=tuple(scheme.reordered(order) for scheme in self.schemes))
 
     def __post_init__(self) -> None:
         if not self.schemes:

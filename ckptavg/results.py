@@ -97,7 +97,10 @@ class OutputResult:
     Attributes:
         path: Its directory.
         scheme: What was asked for, such as ``uniform:last=5``.
-        coefficients: One a checkpoint, oldest first; 0 where it did not go in.
+        coefficients: One a checkpoint, oldest first; 0 where it did not go in, None where it went
+            into an order statistic.
+        statistic: What was taken instead of the weighted mean, such as ``median``, or added to it;
+            None for a weighted mean.
         differing: Integer and bool tensors that differed and were taken from ``taken_from``.
         taken_from: Label of the checkpoint that gave them.
         batchnorm: What the BatchNorm pass did; None without one.
@@ -109,13 +112,14 @@ class OutputResult:
 
     path: Path
     scheme: str
-    coefficients: tuple[float, ...]
+    coefficients: tuple[float | None, ...]
     differing: tuple[str, ...]
     taken_from: str
     batchnorm: BnReport | None
     metrics: Mapping[str, float] | None = None
     comparison: tuple[ComparisonRow, ...] = ()
     adapter: AdapterReport | None = None
+    statistic: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -301,7 +301,8 @@ def result_of(
             OutputResult(
                 path=output / one.name,
                 scheme=str(one.scheme),
-                coefficients=one.row.coefficients,
+                coefficients=one.row.told_coefficients,
+                statistic=one.row.statistic_name,
                 differing=tuple(averaged.differing[index]),
                 taken_from=plan.labels[one.take_from],
                 adapter=averaged.adapters[index],

@@ -93,7 +93,7 @@ def test_a_card_names_commits_steps_and_coefficients(
         "license": "mit", "base_model": REPO, "base_model_relation": "merge", "tags": TAGS,
     }  # fmt: skip
     assert "# swa\n" in card
-    assert "scheme `coefficients`" in card
+    assert "scheme `coefficients:0.5,0.2,0.3`" in card
 
 
 def test_several_repositories_are_listed_once_each() -> None:

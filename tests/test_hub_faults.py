@@ -62,7 +62,7 @@ def right(local: Sequence[Path], folder: Path, **options: Any) -> None:
 def refused(capsys: pytest.CaptureFixture[str], folder: Path, *options: str) -> str:
     """Check that averaging is refused in one line and leaves nothing; return what it says."""
     before = sorted(folder.iterdir())
-    code, out, err = ckptavg(capsys, "average", SOURCES, "-o", folder / "out", *options)
+    code, out, err = ckptavg(capsys, "average", SOURCES, "-o", folder / "out", "--quiet", *options)
     assert (code, out) == (1, "")
     assert err.startswith("ckptavg: error: ")
     assert err.count("\n") == 1

@@ -4,9 +4,11 @@ import math
 from typing import Any
 
 import pytest
+from test_schemes import coefficient_row
 
 from ckptavg import Recipe, Scheme, UsageError
-from ckptavg.schemes import coefficient_row
+
+FINITE = "expected a list such as 0.2,0.3,0.5, each a finite number"
 
 
 def explicit(*coefficients: float) -> Scheme:
@@ -21,9 +23,16 @@ def test_uniform_divides_the_sum() -> None:
 
 
 def test_explicit_coefficients_are_divided_by_their_sum() -> None:
-    row = coefficient_row(explicit(0.3333333, 0.3333333, 0.3333333), 3)
-    assert math.fsum(row.coefficients) == pytest.approx(1, abs=1e-15)
+    row = coefficient_row(explicit(0.3333333, 0.1333333, 0.5333333), 3)
+    assert math.fsum(row.coefficients) == 1
     assert row.divisor == 1
+
+
+def test_equal_explicit_coefficients_make_the_uniform_mean() -> None:
+    for values in ((0.3333333,) * 3, (1 / 3,) * 3):
+        assert coefficient_row(explicit(*values), 3) == coefficient_row(Scheme(), 3)
+    assert coefficient_row(explicit(0, 0.5, 0.5), 3) == coefficient_row(Scheme(last=2), 3)
+    assert coefficient_row(explicit(0, 1, 0), 3).multipliers == (0, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -32,8 +41,8 @@ def test_explicit_coefficients_are_divided_by_their_sum() -> None:
         ((0.5, 0.5, 0.0), "3 coefficients for 2 checkpoints"),
         ((0.5, 0.6), "the coefficients sum to 1.1, not 1; divide each of them by their sum"),
         ((1.0, -1.0), "the coefficients sum to 0, not 1"),
-        ((math.nan, 1.0), "coefficients must be finite numbers"),
-        ((math.inf, 1.0), "coefficients must be finite numbers"),
+        ((math.nan, 1.0), f"scheme 'coefficients': coefficients is 'nan,1', {FINITE}"),
+        ((math.inf, 1.0), f"scheme 'coefficients': coefficients is 'inf,1', {FINITE}"),
     ],
 )
 def test_coefficients_that_make_no_mean_are_refused(

@@ -22,7 +22,8 @@ from ckptavg import (
 from ckptavg.average.sums import running_sums
 from ckptavg.cli import run
 from ckptavg.coefficients import CoefficientRow
-from ckptavg.schemes import coefficient_row, output_names
+from ckptavg.scheme_windows import Positions
+from ckptavg.schemes import coefficient_rows, output_names
 
 SCHEMES = (
     "uniform",
@@ -32,9 +33,19 @@ SCHEMES = (
     "coefficients:0.1,0.2,0.3,0,0.4",
     "tail=coefficients:0,0,0,1/3,2/3",
 )
-NO_OPTION = "is not an option of uniform; there are last=N and first=N"
+NAMES = "uniform, linear, ema, power, wsm, coefficients, phema, unaverage, median, trimmed, swag"
+WINDOW = "there are from, to, every, last, first"
+ONE = "expected a whole number of at least 1"
+FORMS = "takes counts=M/N, or step-decay=B, or decay=D with updates=U"
 NO_LABEL = "cannot name an output: use letters, digits, '_', '-', '.' and '+'"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def coefficient_row(scheme: Scheme, n_checkpoints: int) -> CoefficientRow:
+    unknown = (None,) * n_checkpoints
+    labels = tuple(f"number {number}" for number in range(n_checkpoints))
+    ((_, row),) = coefficient_rows(scheme, Positions(labels, unknown, unknown))
+    return row
 
 
 def checkpoints(
@@ -79,18 +90,67 @@ def test_schemes_are_read_as_they_are_typed(text: str, scheme: Scheme) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "scheme '' is not known; there are uniform, coefficients"),
-        ("ema", "scheme 'ema' is not known; there are uniform, coefficients"),
-        ("uniform:", f"scheme 'uniform:': '' {NO_OPTION}"),
-        ("uniform:last", f"scheme 'uniform:last': 'last' {NO_OPTION}"),
-        ("uniform:last=x", f"scheme 'uniform:last=x': 'last=x' {NO_OPTION}"),
-        ("uniform:last=-1", f"scheme 'uniform:last=-1': 'last=-1' {NO_OPTION}"),
-        ("uniform:last=0", "scheme 'uniform:last=0': expected at least 1"),
-        ("uniform:last=1,last=2", f"scheme 'uniform:last=1,last=2': 'last=2' {NO_OPTION}"),
+        ("", f"scheme '' is not known; there are {NAMES}"),
+        ("emma:decay=0.9", "scheme 'emma' is not known; did you mean ema?"),
+        ("uniform:", f"scheme 'uniform:': '' is not an option of uniform; {WINDOW}"),
+        ("uniform:last", f"scheme 'uniform:last': last is '', {ONE}"),
+        ("uniform:las=3", "scheme 'uniform:las=3': 'las' is not an option of uniform; "
+                          "did you mean last?"),
+        ("uniform:last=x", f"scheme 'uniform:last=x': last is 'x', {ONE}"),
+        ("uniform:last=-1", f"scheme 'uniform:last=-1': last is '-1', {ONE}"),
+        ("uniform:last=0", f"scheme 'uniform': last is '0', {ONE}"),
+        ("uniform:last=1,last=2", "scheme 'uniform:last=1,last=2': last is given twice"),
         ("uniform:last=1,first=2", "scheme 'uniform': takes last or first, not both"),
+        ("uniform:from=9,to=2", "scheme 'uniform': the step of from= is after that of to="),
+        ("uniform:last=5..2", f"scheme 'uniform:last=5..2': last is '5..2', {ONE}"),
+        ("uniform:last=1..9..0", f"scheme 'uniform:last=1..9..0': last is '1..9..0', {ONE}"),
+        ("uniform:last=1..2000", "scheme 'uniform:last=1..2000': last stands for 2000 schemes"),
+        ("uniform:last=1..3", "scheme 'uniform:last=1..3': stands for 3 schemes, expected one"),
+        ("uniform:last=1..2,every=1..2",
+         "scheme 'uniform:last=1..2,every=1..2': only one option may have a range"),
+        ("ema", "scheme 'ema': takes decay=D (over snapshots) or step-decay=B (per training step)"),
+        ("ema:decay=0.9,step-decay=0.9",
+         "scheme 'ema': takes decay=D (over snapshots) or step-decay=B (per training step)"),
+        ("ema=decay=0.9",
+         "scheme 'ema=decay=0.9': options stand after ':', as in ema:decay=0.9"),
+        ("ema=x=uniform:last=3",
+         "scheme 'ema=x=uniform:last=3': 'ema' is a scheme and cannot be a label"),
+        ("ema:decay=1", "scheme 'ema': decay is '1', expected a number above 0 and below 1"),
+        ("ema:decay=nan", "scheme 'ema:decay=nan': decay is 'nan', "
+                          "expected a number above 0 and below 1"),
+        ("ema:decay=0.9..1", "scheme 'ema:decay=0.9..1': decay is '0.9..1', "
+                             "expected a number above 0 and below 1"),
+        ("power", "scheme 'power': needs sigma, for example power:sigma=0.1"),
+        ("power:sigma=0.29", "scheme 'power': sigma is '0.29', "
+                             "expected a number above 0 and at most 0.288675"),
+        ("wsm", "scheme 'wsm': needs decay, for example wsm:decay=cosine"),
+        ("wsm:decay=cos", "scheme 'wsm': decay is 'cos', expected one of linear, cosine, 1-sqrt, "
+                          "1-square, inverse, exponential"),
+        ("wsm:decay=inverse,final=0",
+         "scheme 'wsm': final must be above 0: decay=inverse never ends at 0"),
+        ("wsm:decay=linear,final=1",
+         "scheme 'wsm': final is '1', expected a number of at least 0 and below 1"),
+        ("trimmed:fraction=0.5",
+         "scheme 'trimmed': fraction is '0.5', expected a number of at least 0 and below 0.5"),
+        ("phema:sigma=0.1,stored=0.05/0.4",
+         "scheme 'phema': stored is '0.05/0.4', expected a list such as 0.05 or 0.05/0.1, each a "
+         "number above 0 and at most 0.288675"),
+        ("unaverage", f"scheme 'unaverage': {FORMS}"),
+        ("unaverage:decay=0.9", f"scheme 'unaverage': {FORMS}"),
+        ("unaverage:counts=1/2,updates=3", f"scheme 'unaverage': {FORMS}"),
+        ("unaverage:counts=2/2", "scheme 'unaverage': counts=M/N: the newer average, N, has to be "
+                                 "of more than M iterates"),
+        ("unaverage:counts=5", "scheme 'unaverage': counts is '5', expected a list such as "
+                               "100/200, each a whole number of at least 1"),
+        ("swag:rank=1", "scheme 'swag': rank is '1', expected a whole number of at least 2"),
+        ("swag:samples=1001",
+         "scheme 'swag': samples is '1001', expected a whole number from 1 to 1000"),
+        ("swag:scale=0", "scheme 'swag': scale is '0', expected a number above 0"),
         ("coefficients", "'' is not a list of numbers such as 0.2,0.3,0.5"),
         ("coefficients:a", "'a' is not a list of numbers such as 0.2,0.3,0.5"),
         ("coefficients:1/0", "'1/0' is not a list of numbers such as 0.2,0.3,0.5"),
+        ("coefficients:nan", "'nan' is not a list of numbers such as 0.2,0.3,0.5"),
+        ("coefficients:1,last=2", "'1,last=2' is not a list of numbers such as 0.2,0.3,0.5"),
         ("=uniform", "scheme '=uniform': nothing stands before '='"),
         ("../up=uniform", f"'../up' {NO_LABEL}"),
         (".hidden=uniform", f"'.hidden' {NO_LABEL}"),
@@ -369,9 +429,9 @@ def test_command_line_makes_several_averages(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "out: 2 averages of 5 checkpoints"
     assert "  out/uniform-last2: uniform:last=2, 2 checkpoints" in lines
-    assert "  out/mix: coefficients, 2 checkpoints" in lines
+    assert "  out/mix: coefficients:0,0,0,0.25,0.75, 2 checkpoints" in lines
     assert run([*arguments, "--overwrite", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [one["path"] for one in told["outputs"]] == ["out/uniform-last2", "out/mix"]
-    assert run(["average", "step-1.safetensors", "-o", "x", "--scheme", "median"]) == 2
-    assert "scheme 'median' is not known" in capsys.readouterr().err
+    assert run(["average", "step-1.safetensors", "-o", "x", "--scheme", "medium"]) == 2
+    assert "scheme 'medium' is not known; did you mean median?" in capsys.readouterr().err

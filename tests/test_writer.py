@@ -420,7 +420,7 @@ def test_provenance_tells_how_the_output_was_made(tmp_path: Path) -> None:
     ]
     average_checkpoints(paths, tmp_path / "out", coefficients=(0.25, 0.75), dtype="bfloat16")
     told = json.loads((tmp_path / "out" / "ckptavg.json").read_text())
-    assert told["scheme"] == "coefficients"
+    assert told["scheme"] == "coefficients:0.25,0.75"
     assert [one["coefficient"] for one in told["checkpoints"]] == [0.25, 0.75]
     assert [one["step"] for one in told["checkpoints"]] == [100, 200]
     assert told["checkpoints"][0]["files"] == [

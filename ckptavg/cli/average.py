@@ -15,6 +15,7 @@ from ckptavg.cli.options import (
     pipeline_arguments,
     push_options,
     reading_options,
+    scheme_options,
     selection_arguments,
     selection_options,
     talk_options,
@@ -22,6 +23,7 @@ from ckptavg.cli.options import (
 from ckptavg.cli.progress import ProgressBars
 from ckptavg.cli.push import chosen_push, push_and_echo, typed_command
 from ckptavg.cli.render import echo_plan, stdout_for_the_result
+from ckptavg.cli.schemes import echo_coefficients
 from ckptavg.cli.user_code import load_bn_pass
 
 _EPILOG = """\b
@@ -29,7 +31,7 @@ Examples:
   ckptavg average runs/exp7 --last 10 -o swa
   ckptavg average epoch-{17..36}.pt -o swa --model my_pkg:build --data my_pkg:batches
   ckptavg average 'EleutherAI/pythia-160m@step{140000..143000..1000}' -o swa --push me/swa
-  ckptavg average 'step{1..24}' -o averages --scheme uniform:last=5 --scheme uniform:last=20
+  ckptavg average 'step{1..24}' -o averages --scheme uniform:last=5..20..5 --scheme ema:decay=0.9
   torchrun --nproc-per-node 4 -m ckptavg average runs/exp7/checkpoint-* -o swa
 """
 
@@ -39,15 +41,7 @@ Examples:
 @output_options
 @push_options
 @selection_options
-@click.option(
-    "--scheme",
-    "schemes",
-    multiple=True,
-    metavar="[LABEL=]NAME[:OPTIONS]",
-    help="What to average: uniform, uniform:last=5, uniform:first=3, coefficients:0.2,0.8; "
-    "default: uniform. Given several times, one pass makes all averages, and OUT holds a model "
-    "directory for each, called by label or scheme, for example late=uniform:last=5.",
-)
+@scheme_options
 @click.option(
     "--coefficients",
     type=Coefficients(),
@@ -117,6 +111,7 @@ def command(
             **recipe,
             **arguments,
             distributed=distributed,
+            planned=None if quiet or as_json else echo_coefficients,
             progress=progress,
             command=typed_command(),
         )

@@ -75,6 +75,15 @@ class Coefficients(click.ParamType[tuple[float, ...]]):
             self.fail(str(error), param, ctx)
 
 
+def _list_schemes(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from ckptavg.cli.schemes import scheme_lines
+
+        for line in scheme_lines():
+            click.echo(line)
+        ctx.exit()
+
+
 def _combined(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
     def decorate(function: Command) -> Command:
         for decorator in reversed(decorators):
@@ -150,6 +159,19 @@ selection_options = _combined(
         "--match", multiple=True, metavar="GLOB",
         help="Take those whose names match, for example 'checkpoint-*' (repeatable); "
         "applies first.",
+    ),
+)  # fmt: skip
+
+scheme_options = _combined(
+    click.option(
+        "--scheme", "schemes", multiple=True, metavar="[LABEL=]NAME[:KEY=VALUE,...]",
+        help="What to average, for example uniform:last=5, ema:decay=0.9, late=linear:last=10; "
+        "uniform:last=1..8 stands for eight. Given several times, one pass makes all averages, "
+        "called by label or scheme; default: uniform.",
+    ),
+    click.option(
+        "--list-schemes", is_flag=True, is_eager=True, expose_value=False, callback=_list_schemes,
+        help="Explain all schemes on one screen, and exit.",
     ),
 )  # fmt: skip
 

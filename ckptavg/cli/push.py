@@ -113,8 +113,7 @@ def chosen_push(
     check_target(repo)
     if reference is not None and reference.path:
         raise UsageError(f"{target}: is not of the form org/name or org/name@branch")
-    if several is None:
-        several = len(options.get("schemes", ())) > 1
+    several = _makes_several(options) if several is None else several
     if revision is not None and several:
         raise UsageError(f"{target}: several averages go to a branch each, named like them")
     card_text = _card_text(card)
@@ -123,6 +122,15 @@ def chosen_push(
 
         check_may_push(repo)
     return Push(repo, revision, private, card, card_text)
+
+
+def _makes_several(options: dict[str, Any]) -> bool:
+    """Tell whether the schemes that a command was given make more than one model."""
+    from ckptavg.prepare import chosen_schemes
+    from ckptavg.schemes import output_names
+
+    schemes = chosen_schemes(options.get("schemes", ()), None)
+    return len(output_names(schemes)) > 1
 
 
 def push_and_echo(

@@ -14,6 +14,7 @@ from ckptavg.errors import AfterPublishError, OutputError, printable
 
 if TYPE_CHECKING:
     from ckptavg.batchnorm import BnReport
+    from ckptavg.coefficients import CoefficientRow
     from ckptavg.prepare import Prepared
     from ckptavg.results import AverageResult, OutputResult
     from ckptavg.tensors import PushResult
@@ -126,6 +127,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def summary_lines(result: "AverageResult", done: str, *, evaluated: bool = True) -> list[str]:
     """Return what a finished run says, with or without what the evaluation says of its outputs."""
+    from ckptavg.schemes import shortened
+
     peaks = [f"peak memory {size(result.peak_host_bytes)}"] if result.peak_host_bytes else []
     if result.peak_device_bytes is not None:
         peaks.append(f"{size(result.peak_device_bytes)} on {result.device}")
@@ -142,7 +145,7 @@ def summary_lines(result: "AverageResult", done: str, *, evaluated: bool = True)
     for one in result.outputs:
         if len(result.outputs) > 1:
             n_used = sum(coefficient != 0 for coefficient in one.coefficients)
-            lines.append(f"  {one.path}: {one.scheme}, {n_used} checkpoints")
+            lines.append(f"  {one.path}: {shortened(one.scheme)}, {n_used} checkpoints")
         if one.differing:
             lines.append(
                 f"  {len(one.differing)} integer tensors differed, taken from {one.taken_from}: "
@@ -229,22 +232,29 @@ def plan_lines(prepared: "Prepared", output: str) -> list[str]:
             f"  {plan.labels[index]}",
             "-" if plan.steps[index] is None else str(plan.steps[index]),
             "-" if plan.epochs[index] is None else str(plan.epochs[index]),
-            *(f"{one.row.coefficients[index]:.6g}" for one in plan.outputs),
+            *(_coefficient(one.row, index) for one in plan.outputs),
             size(sum(file.size for file in plan.files[index])),
         ]
         for index in range(plan.n_checkpoints)
     ]
+    from ckptavg.coefficients import GaussianNoise
     from ckptavg.provenance import tensor_summary
+    from ckptavg.schemes import shortened
 
     summary = tensor_summary(plan, plan.outputs[0], None)
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in summary["averaged_dtypes"].items())
     several = len(plan.outputs) > 1
-    what = f"{len(plan.outputs)} averages" if several else str(plan.outputs[0].scheme)
+    what = f"{len(plan.outputs)} averages" if several else shortened(str(plan.outputs[0].scheme))
     coefficients = [one.name for one in plan.outputs] if several else ["coefficient"]
     lines = [
         f"would average {plan.n_checkpoints} checkpoints ({what}) into {output}; "
         "nothing was read but headers",
         *table(["  checkpoint", "step", "epoch", *coefficients, "size"], rows),
+        *(
+            f"{one.name or 'average'}: {one.row.statistic_name} is added"
+            for one in plan.outputs
+            if isinstance(one.row.statistic, GaussianNoise)
+        ),
         f"tensors: {summary['averaged']} averaged" + (f" ({dtypes})" if dtypes else ""),
     ]
     if summary["copied"]:
@@ -293,7 +303,8 @@ def plan_json(prepared: "Prepared", output: str) -> dict[str, Any]:
             {
                 "name": one.name,
                 "scheme": str(one.scheme),
-                "coefficients": one.row.coefficients,
+                "coefficients": one.row.told_coefficients,
+                "statistic": one.row.statistic_name,
                 "tensors": tensor_summary(plan, one, None),
                 "side_files": [file.name for file in files],
             }
@@ -320,6 +331,11 @@ def plan_json(prepared: "Prepared", output: str) -> dict[str, Any]:
         "batchnorm_pass": prepared.live is not None and prepared.live.options.batches is not None,
         "notes": [*plan.notes, *prepared.notes],
     }
+
+
+def _coefficient(row: "CoefficientRow", index: int) -> str:
+    told = row.told_coefficients[index]
+    return str(row.statistic_name) if told is None else f"{told:.6g}"
 
 
 def _some(names: Sequence[str], count: int = 3) -> str:

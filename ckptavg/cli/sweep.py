@@ -16,6 +16,7 @@ from ckptavg.cli.options import (
     pipeline_arguments,
     push_options,
     reading_options,
+    scheme_options,
     selection_arguments,
     selection_options,
     talk_options,
@@ -41,15 +42,7 @@ Examples:
 @output_options
 @push_options
 @selection_options
-@click.option(
-    "--scheme",
-    "schemes",
-    multiple=True,
-    required=True,
-    metavar="[LABEL=]NAME[:OPTIONS]",
-    help="An average to try, for example uniform:last=5 (repeatable); uniform:last=1..20 is "
-    "twenty.",
-)
+@scheme_options
 @judging_options
 @click.option(
     "--keep",
@@ -106,7 +99,7 @@ def command(
     push = chosen_push(options, several=keep == "all", first=is_first)
     with stdout_for_the_result():
         evaluation = load_bn_pass(**model_arguments(options))
-    evaluation = check_sweep(evaluation, keep, plot=plot)
+    evaluation = check_sweep(evaluation, schemes, keep, plot=plot)
     selection, recipe = selection_arguments(options), averaging_arguments(options)
     arguments = pipeline_arguments(options)
     if dry_run:

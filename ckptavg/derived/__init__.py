@@ -18,6 +18,7 @@ from ckptavg.derived.lora_modules import factor_names
 from ckptavg.derived.protocol import Deviation, Group, Inputs, Part
 from ckptavg.derived.spectral_norm import find_spectral_norms
 from ckptavg.derived.weight_norm import find_weight_norms
+from ckptavg.errors import UsageError
 from ckptavg.recipe import Recipe
 from ckptavg.tensors import TensorInfo
 
@@ -34,6 +35,7 @@ __all__ = [
     "adapter_configs",
     "adapter_report",
     "derive_groups",
+    "refuse_statistics",
     "report_note",
     "shapes_that_may_differ",
 ]
@@ -128,6 +130,30 @@ def derive_groups(
         groups=(*weight_norms, *spectral_norms),
         notes=(*notes, *_left_over(tensors, taken)),
     )
+
+
+def refuse_statistics(derived: Derived, schemes: Sequence[tuple[str, CoefficientRow]]) -> None:
+    """Refuse order statistics and noise of what is computed in groups: those are weighted means.
+
+    Args:
+        derived: What is computed in groups.
+        schemes: What each output's scheme is called, and its row.
+
+    Raises:
+        UsageError: If a row has a statistic, and there are LoRA adapters or normed layers.
+    """
+    adapter, what = derived.adapter, None
+    if adapter is not None and adapter.method != "parameters":
+        what = "LoRA adapters are averaged by the products of their factors"
+    elif derived.groups:
+        group = derived.groups[0]
+        what = f"the {group.kind} layer '{group.module}' is averaged by the weight it stands for"
+    for scheme, row in schemes:
+        if what is not None and row.statistic is not None:
+            raise UsageError(
+                f"scheme '{scheme}': works on single values, but {what}; take a weighted mean such "
+                "as uniform"
+            )
 
 
 def _left_over(tensors: Mapping[str, TensorInfo], taken: set[str]) -> list[str]:

@@ -23,7 +23,7 @@ def sweep_files(
     ``plot`` adds a picture, which needs the extra ``plots``.
     """
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
-    coefficients = {one.name or str(one.scheme): one.row.coefficients for one in plan.outputs}
+    coefficients = {one.name or str(one.scheme): one.row.told_coefficients for one in plan.outputs}
     content: dict[str, Any] = {
         "format_version": _FORMAT_VERSION,
         "metric": judge.metric,

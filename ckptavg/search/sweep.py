@@ -85,7 +85,7 @@ def sweep(
     """
     started = time.perf_counter()
     output = Path(output)
-    evaluation = check_sweep(evaluation, keep, plot=plot)
+    evaluation = check_sweep(evaluation, schemes, keep, plot=plot)
     request = Request.of(chosen_schemes(schemes, None), options)
     judge = Judge(metric, mode)
     with joined_processes(distributed=request.distributed) as processes, ExitStack() as stack:
@@ -94,6 +94,8 @@ def sweep(
             batchnorm=evaluation, **request.preparing,
         )  # fmt: skip
         plan = prepared.plan
+        if request.planned is not None:
+            request.planned(plan)
         directory = OutputDirectory(
             output,
             plan,
@@ -172,7 +174,7 @@ def sweep(
     )
 
 
-def check_sweep(evaluation: BnPass | None, keep: str, *, plot: bool) -> BnPass:
+def check_sweep(evaluation: BnPass | None, schemes: object, keep: str, *, plot: bool) -> BnPass:
     """Refuse what cannot become a sweep; return the evaluation.
 
     Raises:
@@ -180,6 +182,8 @@ def check_sweep(evaluation: BnPass | None, keep: str, *, plot: bool) -> BnPass:
     """
     if evaluation is None or evaluation.evaluate is None:
         raise UsageError("a sweep needs a metric: evaluate (--eval or --eval-command)")
+    if not schemes:
+        raise UsageError("a sweep needs something to try: schemes (--scheme)")
     if evaluation.compare:
         raise UsageError("a sweep makes a comparison of its own: leave compare out")
     if keep not in get_args(Keep):
