@@ -18,6 +18,7 @@ from ckptavg.derived.lora_modules import factor_names
 from ckptavg.derived.protocol import Deviation, Group, Inputs, Part
 from ckptavg.derived.spectral_norm import find_spectral_norms
 from ckptavg.derived.weight_norm import find_weight_norms
+from ckptavg.errors import IncompatibleCheckpointsError
 from ckptavg.recipe import Recipe
 from ckptavg.tensors import TensorInfo
 
@@ -99,10 +100,12 @@ def derive_groups(
 
     Raises:
         CheckpointError: If an adapter is not what its config says.
-        IncompatibleCheckpointsError: If these adapters have no such average.
+        IncompatibleCheckpointsError: If these adapters have no such average, or what is computed
+            in groups has no such statistic.
     """
     if configs is not None:
         adapter = plan_adapters(checkpoints, configs, recipe, rows)
+        _refuse_statistics(adapter.groups, rows)
         return Derived(groups=adapter.groups, adapter=adapter, notes=adapter.notes)
     if max(len(row.used) for row in rows) == 1:  # copied as they are
         return NOTHING_DERIVED
@@ -112,6 +115,7 @@ def derive_groups(
     spectral_norms = tuple(
         one for one in find_spectral_norms(tensors, labels) if taken.isdisjoint(one.outputs)
     )
+    _refuse_statistics([*weight_norms, *spectral_norms], rows)
     notes = []
     if weight_norms:
         notes.append(
@@ -128,6 +132,16 @@ def derive_groups(
         groups=(*weight_norms, *spectral_norms),
         notes=(*notes, *_left_over(tensors, taken)),
     )
+
+
+def _refuse_statistics(groups: Sequence[Group], rows: Sequence[CoefficientRow]) -> None:
+    """Refuse order statistics and noise of what is computed from several tensors together."""
+    if groups and any(row.statistic is not None for row in rows):
+        raise IncompatibleCheckpointsError(
+            f"'{groups[0].module}' ({groups[0].kind}) is averaged as what several tensors make "
+            "together, which has no order statistic of each number and no noise: use a scheme that "
+            "is a weighted mean"
+        )
 
 
 def _left_over(tensors: Mapping[str, TensorInfo], taken: set[str]) -> list[str]:
