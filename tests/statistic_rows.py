@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from ckptavg import prepare
 from ckptavg.coefficients import CoefficientRow, GaussianNoise, Trimmed
-from ckptavg.plan import AveragePlan, OutputPlan
+from ckptavg.plan import AveragePlan, OutputPlan, plan_average
 
 GiveRows = Callable[..., None]
 
@@ -51,12 +50,11 @@ def with_rows(plan: AveragePlan, rows: Sequence[CoefficientRow]) -> AveragePlan:
 @pytest.fixture
 def give_rows(monkeypatch: pytest.MonkeyPatch) -> GiveRows:
     """Return ``give_rows(*rows)``: what averages from then on has these rows."""
-    make_plan = prepare.plan_average
 
     def give(*rows: CoefficientRow) -> None:
         def planned(*args: Any, **options: Any) -> AveragePlan:
-            return with_rows(make_plan(*args, **options), rows)
+            return with_rows(plan_average(*args, **options), rows)
 
-        monkeypatch.setattr(prepare, "plan_average", planned)
+        monkeypatch.setattr("ckptavg.prepare.plan_average", planned)
 
     return give

@@ -106,7 +106,7 @@ def _repair_order(
     suspects = np.flatnonzero(bad.any(axis=0) | is_nonfinite(output, chunk.output_dtype))
     if not len(suspects):
         return
-    stack, bad = stack[:, suspects], bad[:, suspects]
+    stack, bad = np.ascontiguousarray(stack[:, suspects]), bad[:, suspects]
     first = stack[0]
     is_infinite = np.isinf(decode_to_float64(first.view(np.uint8), chunk.dtype))
     shared = (stack == first).all(axis=0) & (allow_nonfinite | is_infinite)

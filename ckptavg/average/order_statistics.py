@@ -198,11 +198,7 @@ def order_statistic(bits: Array, n_cut: int, dtype: DType, output_dtype: DType) 
     magnitudes = bits & bits.dtype.type((1 << (8 * bits.itemsize - 1)) - 1)
     has_nan = (magnitudes > INFINITY_BITS[dtype]).any(axis=0)
     mean[has_nan] = np.nan
-    result = encode_from_float64(mean, output_dtype)
-    if dtype is output_dtype:
-        exact = same & ~has_nan
-        result[exact] = kept[0][exact]
-    return result
+    return encode_from_float64(mean, output_dtype)
 
 
 def order_nbytes(chunk_nbytes: int, dtype: DType, rows: Sequence[CoefficientRow]) -> int:
