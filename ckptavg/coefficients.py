@@ -89,8 +89,12 @@ class CoefficientRow:
 
     @property
     def used(self) -> tuple[int, ...]:
-        """Indices of the checkpoints that count, oldest first."""
-        return tuple(index for index, value in enumerate(self.multipliers) if value != 0)
+        """Indices of the checkpoints that count, also for noise only, oldest first."""
+        noise = self.statistic
+        spread = noise.moments if isinstance(noise, GaussianNoise) else ()
+        return tuple(
+            index for index, value in enumerate(self.multipliers) if value != 0 or index in spread
+        )
 
 
 def combination(

@@ -14,7 +14,7 @@ from typing import get_args
 from ckptavg._version import __version__
 from ckptavg.blocks import TAKE_CHUNK_NBYTES, Action, Chunk, TensorPlan, cut_into_blocks
 from ckptavg.checkpoint import ADAPTER_WEIGHTS_NAMES, Checkpoint
-from ckptavg.coefficients import CoefficientRow
+from ckptavg.coefficients import CoefficientRow, GaussianNoise
 from ckptavg.compatibility import refuse_differences, refuse_unaveragable, tied_names
 from ckptavg.derived import (
     NOTHING_DERIVED,
@@ -166,6 +166,11 @@ class AveragePlan:
         return tuple(sorted({index for row in self.rows for index in row.used}))
 
     @property
+    def draws_noise(self) -> bool:
+        """Whether any output has noise added (SWAG)."""
+        return any(isinstance(row.statistic, GaussianNoise) for row in self.rows)
+
+    @property
     def changed_dtype(self) -> DType | None:
         """The dtype that the recipe changes averaged tensors to; None if they keep their own."""
         return None if self.recipe.dtype == "same" else DTYPE_BY_NAME[self.recipe.dtype]
@@ -173,9 +178,7 @@ class AveragePlan:
     @property
     def batchnorm_names(self) -> tuple[str, ...]:
         """Names of averaged BatchNorm statistics, which a BN pass should replace."""
-        return tuple(
-            tensor.name for tensor in self.tensors if _BATCHNORM_STATISTIC.search(tensor.name)
-        )
+        return tuple(tensor.name for tensor in self.tensors if is_batchnorm_statistic(tensor.name))
 
     @cached_property
     def arithmetic_dtypes(self) -> set[tuple[DType, DType]]:
@@ -219,6 +222,11 @@ class AveragePlan:
         taken = (block.nbytes for block in self.blocks if block.action is Action.TAKE)
         chunk_nbytes = min(max(taken, default=0), max_nbytes, TAKE_CHUNK_NBYTES // n_kept)
         return (n_kept + 1) * chunk_nbytes
+
+
+def is_batchnorm_statistic(name: str) -> bool:
+    """Tell whether a tensor is a running mean or variance, by its name."""
+    return _BATCHNORM_STATISTIC.search(name) is not None
 
 
 def plan_average(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ckptavg.average import (
     DEFAULT_MEMORY_BUDGET_BYTES,
     Workspace,
+    averaging_device,
     choose_device,
     size_workspace,
 )
@@ -149,14 +150,15 @@ def prepared_average(
                 "the model is a whole one, and these are adapters: leave --model out (an "
                 "--eval-command may judge them)"
             )
+        chosen = choose_device(
+            device,
+            read_nbytes=0 if plan.draws_noise else plan.read_nbytes // processes.size,
+            runs_model=runs_model,
+            local_rank=processes.local_rank,
+        )
         workspace = _workspace(
             plan,
-            choose_device(
-                device,
-                read_nbytes=plan.read_nbytes // processes.size,
-                runs_model=runs_model,
-                local_rank=processes.local_rank,
-            ),
+            averaging_device(plan, chosen),
             hub,
             memory_budget_bytes=memory_budget_bytes,
             n_threads=n_threads,
@@ -185,7 +187,7 @@ def prepared_average(
             batchnorm,
             checkpoints,
             plan,
-            workspace.device,
+            chosen,
             processes,
             opened,
             hub=hub,
@@ -209,6 +211,7 @@ def prepared_average(
                 *_averages_among(checkpoints, derived_from),
                 *side_notes,
                 *_batchnorm_due(plan, batchnorm),
+                *_averaged_elsewhere(workspace.device, chosen, batchnorm),
                 *_fetched(hub),
             ),
         )
@@ -391,4 +394,14 @@ def _batchnorm_due(plan: AveragePlan, batchnorm: BnPass | None) -> list[str]:
     return [
         f"{len(plan.batchnorm_names)} BatchNorm statistics are averaged with the weights; "
         "recompute them on training data: pass --model and --data, or run ckptavg recompute-bn"
+    ]
+
+
+def _averaged_elsewhere(device: str, chosen: str, batchnorm: BnPass | None) -> list[str]:
+    if device == chosen:
+        return []
+    model = f"the model runs on {chosen}" if batchnorm is not None else f"{chosen} is not used"
+    return [
+        "SWAG samples are drawn on the CPU, so that their bits are the same everywhere, and all is "
+        f"averaged there; {model}"
     ]

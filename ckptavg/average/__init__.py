@@ -22,6 +22,7 @@ __all__ = [
     "Timings",
     "Workspace",
     "average",
+    "averaging_device",
     "choose_device",
     "size_workspace",
 ]
@@ -69,6 +70,14 @@ def choose_device(device: str, *, read_nbytes: int, runs_model: bool, local_rank
     return f"cuda:{number}"
 
 
+def averaging_device(plan: AveragePlan, device: str) -> str:
+    """Return where a plan is averaged if ``device`` was chosen, which may be left to the model.
+
+    Noise is drawn on the CPU, so that its bits are the same everywhere.
+    """
+    return "cpu" if plan.draws_noise else device
+
+
 def size_workspace(
     plan: AveragePlan,
     device: str,
@@ -81,7 +90,7 @@ def size_workspace(
 
     Args:
         plan: What will be done.
-        device: ``cpu`` or ``cuda:i``.
+        device: ``cpu`` or ``cuda:i``, from ``averaging_device``.
         memory_budget_bytes: Upper bound for the host memory of all buffers.
         n_threads: Threads that read; None chooses by the machine.
         local_size: Number of processes that share this machine.
@@ -96,6 +105,7 @@ def size_workspace(
         )
     from ckptavg.average.cuda import size_cuda_workspace
 
+    assert not plan.draws_noise  # averaging_device sees to it
     return size_cuda_workspace(
         plan, device, cpus, memory_budget_bytes=memory_budget_bytes, n_threads=n_threads
     )

@@ -1,21 +1,24 @@
 """Chunks that need more than a sum: copied integers, and results that are not finite."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptavg.average.floats import (
+    BITS,
     Array,
     bits_view,
     decode_to_float64,
     encode_from_float64,
     is_nonfinite,
 )
+from ckptavg.average.order_statistics import order_statistic
 from ckptavg.average.work import Job
 from ckptavg.blocks import Chunk, Differing
 from ckptavg.checkpoint import Checkpoint
+from ckptavg.coefficients import GaussianNoise, Trimmed
 from ckptavg.errors import IncompatibleCheckpointsError
 from ckptavg.plan import AveragePlan
 from ckptavg.tensors import FLOAT64, DType, Piece
@@ -44,7 +47,7 @@ def take_chunk(job: Job, chunk: Chunk) -> Differing:
             rows = [
                 row
                 for row, output in enumerate(plan.outputs)
-                if output.take_from == taken_from and output.row.multipliers[index] != 0
+                if output.take_from == taken_from and index in output.row.used
             ]
             if not rows or raw is chosen or np.array_equal(raw, chosen):
                 continue
@@ -61,31 +64,64 @@ def take_chunk(job: Job, chunk: Chunk) -> Differing:
 
 
 def repair_nonfinite(job: Job, chunk: Chunk, row: int, output: memoryview) -> bytes:
-    """Put right, or refuse, the elements of an output chunk that are infinite or NaN.
+    """Put right, or refuse, the elements of an output chunk that infinity or NaN had a part in.
 
     Reads the inputs of the chunk again, a part at a time and in one thread at a time, so that it
     needs little memory. Infinities that all checkpoints share (masks) are kept; a sum that
-    overflowed although its mean does not is taken again in float64.
+    overflowed although its mean does not is taken again in float64. An order statistic may be
+    finite where checkpoints are not.
 
     Raises:
         IncompatibleCheckpointsError: If a checkpoint holds a non-finite value, or the mean
             overflows the output dtype, and the recipe does not allow it.
     """
     bits = bits_view(np.frombuffer(output, np.uint8), chunk.output_dtype).copy()
+    coefficients = job.plan.outputs[row].row
+    order = coefficients.statistic if isinstance(coefficients.statistic, Trimmed) else None
+    numel = _PART_NUMEL if order is None else _PART_NUMEL // len(coefficients.used)
     done = 0
     with _REPAIRING:
-        for chunk_part in chunk.cut(_PART_NUMEL * chunk.dtype.itemsize):
+        for chunk_part in chunk.cut(numel * chunk.dtype.itemsize):
             part = bits[done : done + chunk_part.numel]
             done += chunk_part.numel
+            if order is not None:
+                _repair_order(job, chunk_part, coefficients.used, order, part)
+                continue
             suspects = np.flatnonzero(is_nonfinite(part, chunk.output_dtype))
             if len(suspects):
-                part[suspects] = _repaired(job, chunk_part, row, suspects)
+                part[suspects] = _repaired(job, chunk_part, row, suspects, part[suspects])
     return bits.tobytes()
 
 
 @np.errstate(all="ignore")
-def _repaired(job: Job, chunk: Chunk, row: int, suspects: NDArray[np.intp]) -> Array:
-    """Return the right bits for the suspect elements of a chunk."""
+def _repair_order(
+    job: Job, chunk: Chunk, used: Sequence[int], statistic: Trimmed, output: Array
+) -> None:
+    """Put right the elements of an order statistic where any checkpoint is not finite."""
+    allow_nonfinite = job.plan.recipe.allow_nonfinite
+    stack = np.empty((len(used), chunk.numel), BITS[chunk.dtype])
+    for number, index in enumerate(used):
+        job.checkpoints[index].read_into(chunk.pieces, stack[number].view(np.uint8).data)
+    bad = is_nonfinite(stack, chunk.dtype)
+    suspects = np.flatnonzero(bad.any(axis=0) | is_nonfinite(output, chunk.output_dtype))
+    if not len(suspects):
+        return
+    stack, bad = np.ascontiguousarray(stack[:, suspects]), bad[:, suspects]
+    first = stack[0]
+    is_infinite = np.isinf(decode_to_float64(first.view(np.uint8), chunk.dtype))
+    shared = (stack == first).all(axis=0) & (allow_nonfinite | is_infinite)
+    if not allow_nonfinite:
+        _refuse_nonfinite(job, chunk, suspects, dict(zip(used, bad, strict=True)), shared)
+    repaired = order_statistic(stack, statistic.n_cut, chunk.dtype, chunk.output_dtype)
+    _refuse_overflow(job, chunk, suspects, repaired, shared)
+    if chunk.dtype is chunk.output_dtype:
+        repaired[shared] = first[shared]
+    output[suspects] = repaired
+
+
+@np.errstate(all="ignore")
+def _repaired(job: Job, chunk: Chunk, row: int, suspects: NDArray[np.intp], output: Array) -> Array:
+    """Return the right bits for the suspect elements of a chunk, whose output so far is given."""
     plan, checkpoints, pieces = job.plan, job.checkpoints, chunk.pieces
     coefficients = plan.outputs[row].row
     used = coefficients.used
@@ -116,20 +152,40 @@ def _repaired(job: Job, chunk: Chunk, row: int, suspects: NDArray[np.intp]) -> A
     total /= after
     shared = equal & (plan.recipe.allow_nonfinite | np.isinf(values_of(first)))
     if not plan.recipe.allow_nonfinite:
-        for index, bad in bad_in.items():
-            bad &= ~shared
-            if bad.any():
-                name = _first_name(pieces, chunk.dtype.itemsize, suspects[bad])
-                raise nonfinite_error(plan, checkpoints, index, name)
+        _refuse_nonfinite(job, chunk, suspects, bad_in, shared)
+    if isinstance(coefficients.statistic, GaussianNoise):  # there is no noise without a variance
+        total = decode_to_float64(output.view(np.uint8), chunk.output_dtype)
     total[shared] = values_of(first)[shared]
     repaired = encode_from_float64(total, chunk.output_dtype)
-    overflowed = is_nonfinite(repaired, chunk.output_dtype) & ~shared
-    if overflowed.any() and not plan.recipe.allow_nonfinite:
-        name = _first_name(pieces, chunk.dtype.itemsize, suspects[overflowed])
-        raise overflow_error(name, chunk.output_dtype)
+    _refuse_overflow(job, chunk, suspects, repaired, shared)
     if chunk.dtype is chunk.output_dtype:  # to the bit, also the payload of a NaN
         repaired[shared] = first[shared]
     return repaired
+
+
+def _refuse_nonfinite(
+    job: Job,
+    chunk: Chunk,
+    suspects: NDArray[np.intp],
+    bad_in: Mapping[int, Array],
+    shared: Array,
+) -> None:
+    """Refuse what is not finite in a checkpoint, unless all share it."""
+    for index, bad in bad_in.items():
+        refused = bad & ~shared
+        if refused.any():
+            name = _first_name(chunk.pieces, chunk.dtype.itemsize, suspects[refused])
+            raise nonfinite_error(job.plan, job.checkpoints, index, name)
+
+
+def _refuse_overflow(
+    job: Job, chunk: Chunk, suspects: NDArray[np.intp], output: Array, shared: Array
+) -> None:
+    """Refuse an output that is not finite though the checkpoints are."""
+    overflowed = is_nonfinite(output, chunk.output_dtype) & ~shared
+    if overflowed.any() and not job.plan.recipe.allow_nonfinite:
+        name = _first_name(chunk.pieces, chunk.dtype.itemsize, suspects[overflowed])
+        raise overflow_error(name, chunk.output_dtype)
 
 
 def nonfinite_error(

@@ -10,6 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ckptavg.average.cuda_order_statistics import (
+    INTEGER_OF_SIZE,
+    CudaOrderStatistics,
+    order_nbytes,
+)
 from ckptavg.average.sums import (
     accumulate_dtype,
     keeps_equal_by_rounding,
@@ -20,8 +25,6 @@ from ckptavg.average.sums import (
 from ckptavg.blocks import Chunk
 from ckptavg.coefficients import CoefficientRow
 from ckptavg.tensors import DType
-
-_INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
@@ -55,6 +58,7 @@ class CudaArithmetic:
         self._arrays: dict[str, Tensor] = {}
         self._views: dict[tuple[str, torch.dtype, int], Tensor] = {}
         self._divisors: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._ordered = CudaOrderStatistics(rows, self._array, device)
 
     def start(self, chunk: Chunk) -> None:
         """Begin a chunk: an action AVERAGE, a float dtype."""
@@ -67,6 +71,7 @@ class CudaArithmetic:
             for number in range(len(self._sums))
         ]
         self._keep_equal = not keeps_equal_by_rounding(chunk.dtype, sum_dtype)
+        self._ordered.start(chunk)
 
     def add(self, values: Tensor, index: int) -> list[int]:
         """Add checkpoint number ``index``, given as elements on the device, to every sum.
@@ -74,7 +79,7 @@ class CudaArithmetic:
         Returns:
             The rows whose total is complete now: finish them before the next call.
         """
-        complete: list[int] = []
+        complete = self._ordered.add(values, index)
         for number, one in enumerate(self._sums):
             multiplier = one.multipliers.get(index)
             if multiplier is None:
@@ -102,26 +107,35 @@ class CudaArithmetic:
         Args:
             row: Which output.
             output: For the elements, in the output dtype, on the device.
-            smallest: For their minimum, without dimensions; NaN if one of them is.
+            smallest: For their minimum, without dimensions; NaN if one of them is, or if an order
+                statistic left out what is not finite.
             largest: For their maximum, likewise.
         """
-        number, divisor = self._sum_of_row[row], self._rows[row].divisor
+        if row in self._ordered:
+            mean = self._ordered.mean(row, lambda value: self._divisor(value, torch.float64))
+            rounds_twice = needs_odd_rounding(mean.dtype, output.dtype)
+            output.copy_(_round_to_odd(mean) if rounds_twice else mean)
+            torch.aminmax(output, out=(smallest, largest))
+            self._ordered.tell_nonfinite(row, smallest)
+            return
+        number = self._sum_of_row[row]
+        divisor = self._divisor(self._rows[row].divisor, self._sum_dtype)
         total = self._totals[number]
         rounds_twice = needs_odd_rounding(self._sum_dtype, output.dtype)
         if self._keep_equal or rounds_twice:
             quotient = self._array("product", total.dtype, len(total))
-            torch.div(total, self._divisor(divisor), out=quotient)
+            torch.div(total, divisor, out=quotient)
             if self._keep_equal:
                 first = self._array(f"first{number}", self._dtype, len(total))
                 equal = self._array(f"equal{number}", torch.bool, len(total))
                 torch.where(equal, first.to(total.dtype), quotient, out=quotient)
             output.copy_(_round_to_odd(quotient) if rounds_twice else quotient)
         else:  # one kernel divides and rounds
-            torch.div(total, self._divisor(divisor), out=output)
+            torch.div(total, divisor, out=output)
         torch.aminmax(output, out=(smallest, largest))
 
     def _compare_with_first(self, number: int, values: Tensor, *, starts: bool) -> None:
-        bits_dtype = _INTEGER_OF_SIZE[values.element_size()]
+        bits_dtype = INTEGER_OF_SIZE[values.element_size()]
         bits = values.view(bits_dtype)
         first = self._array(f"first{number}", self._dtype, len(values)).view(bits_dtype)
         equal = self._array(f"equal{number}", torch.bool, len(values))
@@ -131,10 +145,10 @@ class CudaArithmetic:
         else:
             equal.logical_and_(first == bits)
 
-    def _divisor(self, value: int) -> Tensor:
-        key = (value, self._sum_dtype)
+    def _divisor(self, value: int, dtype: torch.dtype) -> Tensor:
+        key = (value, dtype)
         if key not in self._divisors:
-            self._divisors[key] = torch.tensor(value, dtype=self._sum_dtype, device=self._device)
+            self._divisors[key] = torch.tensor(value, dtype=dtype, device=self._device)
         return self._divisors[key]
 
     def _array(self, role: str, dtype: torch.dtype, numel: int) -> Tensor:
@@ -180,12 +194,13 @@ def workspace_nbytes(
     numel = chunk_nbytes // dtype.itemsize
     rounds_twice = needs_odd_rounding(torch_dtype(total), torch_dtype(output_dtype))
     keeps_equal = not keeps_equal_by_rounding(dtype, total)
+    statistics = order_nbytes(chunk_nbytes, dtype, rows)
     per_element = len(sums) * total.itemsize
     if rounds_twice or keeps_equal or needs_products(sums):
         per_element += total.itemsize  # products, quotients
-    if rounds_twice:
+    if rounds_twice or (statistics and output_dtype.bits == 16):
         per_element += 4 + 8 + 16 + 8 + 2  # with its temporaries
     if keeps_equal:
         per_element += len(sums) * (dtype.itemsize + 1)  # first, equal
         per_element += total.itemsize + 1  # first again, as a sum; equal so far
-    return numel * per_element
+    return numel * per_element + statistics

@@ -83,6 +83,20 @@ def decode_float16_halves(words: Array, shift: np.uint32 | None, out: Array) -> 
     np.multiply(values, np.float32(2.0**112), out=values)
 
 
+def widen_16_bit(bits: Array, words: Array, is_float16: bool) -> Array:
+    """Return 16-bit values as float32.
+
+    Args:
+        bits: uint16, of float16 (finite) or bfloat16.
+        words: uint32 of the same length; holds the result.
+        is_float16: Which of them.
+    """
+    np.left_shift(bits, SIXTEEN, out=words, dtype=np.uint32)
+    if is_float16:
+        decode_float16_halves(words, None, words)
+    return words.view(np.float32)
+
+
 def decode_to_float64(raw: Array, dtype: DType) -> Array:
     """Return the values of raw bytes as a new float64 array."""
     if dtype is BFLOAT16:

@@ -4,10 +4,10 @@
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
+from ckptavg.average.buffers import Buffers
 from ckptavg.average.floats import (
     BITS,
     HIGH_HALF,
@@ -21,6 +21,8 @@ from ckptavg.average.floats import (
     round_to_bfloat16,
     round_to_odd,
 )
+from ckptavg.average.noisy_means import NoisyMeans, noisy_nbytes
+from ckptavg.average.order_statistics import OrderStatistics, order_nbytes
 from ckptavg.average.sums import (
     accumulate_dtype,
     keeps_equal_by_rounding,
@@ -32,11 +34,11 @@ from ckptavg.blocks import Chunk
 from ckptavg.coefficients import CoefficientRow
 from ckptavg.tensors import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
 
-_CACHE_LINE_NBYTES = 64
-
 
 class NumpyArithmetic:
     """Sums chunks of several checkpoints and rounds the results; owns all buffers it needs.
+
+    Rows that take a statistic are computed by ``OrderStatistics`` and ``NoisyMeans``.
 
     Use: ``start(chunk)``; for each checkpoint, newest first, fill ``input`` and call ``add``, and
     ``finish`` the rows that it returns. Arrays are allocated once, at the size of the largest
@@ -53,12 +55,13 @@ class NumpyArithmetic:
             accumulate: The recipe's choice: ``auto``, ``float32`` or ``float64``.
             max_chunk_nbytes: Input bytes of the largest chunk that will come.
         """
-        self._max_chunk_nbytes = max_chunk_nbytes
         self._rows = rows
         self._sums = running_sums(rows)
         self._sum_of_row = sum_of_row(self._sums)
         self._accumulate = accumulate
-        self._arrays: dict[str, Array] = {}
+        self._buffers = Buffers(max_chunk_nbytes)
+        self._ordered = OrderStatistics(rows, self._buffers)
+        self._noisy = NoisyMeans(rows, self._buffers)
 
     def start(self, chunk: Chunk) -> None:
         """Begin a chunk: an action AVERAGE, a float dtype."""
@@ -67,15 +70,18 @@ class NumpyArithmetic:
         # 16-bit values are worked on in pairs: low halves first, then high halves
         self._pairs = (chunk.numel + 1) // 2 if chunk.dtype.bits == 16 else 0
         numel = 2 * self._pairs or chunk.numel
-        itemsize = chunk.dtype.itemsize
-        self._raw = self._array("input", np.dtype(np.uint8), numel * itemsize)
+        nbytes = numel * chunk.dtype.itemsize
+        self._buffers.start(nbytes)
+        self._raw = self._buffers.array("input", np.uint8, nbytes)
         self._raw[chunk.nbytes :] = 0  # the missing partner of an odd last element
         self.input = self._raw.data[: chunk.nbytes]
         self._totals = [
-            self._array(f"sum{number}", np.dtype(NUMPY_DTYPES[self._sum_dtype]), numel)
+            self._buffers.array(f"sum{number}", NUMPY_DTYPES[self._sum_dtype], numel)
             for number in range(len(self._sums))
         ]
         self._keep_equal = not keeps_equal_by_rounding(chunk.dtype, self._sum_dtype)
+        self._ordered.start(chunk)
+        self._noisy.start(chunk)
 
     def add(self, index: int) -> list[int]:
         """Add the content of ``input``, which is checkpoint number ``index``, to every sum.
@@ -83,7 +89,11 @@ class NumpyArithmetic:
         Returns:
             The rows whose total is complete now: finish them before the next call.
         """
+        bits = self._raw.view(BITS[self._chunk.dtype])[: self._chunk.numel]
+        complete = [*self._ordered.add(index, bits), *self._noisy.add(index, bits)]
         going = [number for number, one in enumerate(self._sums) if index in one.multipliers]
+        if not going:
+            return complete
         if self._keep_equal:
             for number in going:
                 self._compare_with_first(number, starts=index == self._sums[number].newest)
@@ -97,34 +107,34 @@ class NumpyArithmetic:
                 self._add_values(
                     total[place], values, one.multipliers[index], first=index == one.newest
                 )
-        return [row for number in going for row in self._sums[number].complete.get(index, ())]
+        for number in going:
+            complete.extend(self._sums[number].complete.get(index, ()))
+        return complete
 
     def finish(self, row: int) -> tuple[memoryview, bool]:
         """Divide, round once, and return the bytes of one output and whether all are finite.
 
         The bytes are valid until the next call.
         """
+        if row in self._ordered:
+            finite = self._ordered.is_finite(row)
+            if self._chunk.dtype is self._chunk.output_dtype:
+                value = self._ordered.one_value(row)
+                if value is not None:
+                    return value.view(np.uint8).data, finite
+            output, fits = self._rounded(self._ordered.mean(row), pairs=0)
+            return output, finite and fits
+        if row in self._noisy:
+            return self._rounded(self._noisy.value(row), pairs=0)
         number, divisor = self._sum_of_row[row], self._rows[row].divisor
         total = self._totals[number]
         goes_on = self._sums[number].goes_on
-        quotient = self._array("product", total.dtype, len(total)) if goes_on else total
+        quotient = self._buffers.array("product", total.dtype, len(total)) if goes_on else total
         if divisor != 1 or goes_on:
             np.divide(total, total.dtype.type(divisor), out=quotient)
         if self._keep_equal:
             self._restore_equal(number, quotient)
-        output_dtype, numel = self._chunk.output_dtype, self._chunk.numel
-        bits = self._array("output", np.dtype(BITS[output_dtype]), len(total))
-        if output_dtype is BFLOAT16:
-            finite = self._encode_bfloat16(quotient, bits)
-        else:
-            rounded = bits.view(NUMPY_DTYPES[output_dtype])
-            if self._pairs:
-                np.copyto(rounded[0::2], quotient[: self._pairs], casting="same_kind")
-                np.copyto(rounded[1::2], quotient[self._pairs :], casting="same_kind")
-            else:
-                np.copyto(rounded, quotient, casting="same_kind")
-            finite = self._largest_magnitude(bits[:numel]) < INFINITY_BITS[output_dtype]
-        return bits[:numel].view(np.uint8).data, finite
+        return self._rounded(quotient, self._pairs)
 
     # -- inputs
 
@@ -143,7 +153,7 @@ class NumpyArithmetic:
             yield slice(None), self._raw.view(NUMPY_DTYPES[self._chunk.dtype])
             return
         words = self._raw.view(np.uint32)
-        buffer = self._array("decoded", np.dtype(np.uint32), self._pairs)
+        buffer = self._buffers.array("decoded", np.uint32, self._pairs)
         finite = self._chunk.dtype is BFLOAT16 or (
             self._largest_magnitude(self._raw.view(np.uint16)) < INFINITY_BITS[FLOAT16]
         )
@@ -163,7 +173,7 @@ class NumpyArithmetic:
 
     def _add_values(self, total: Array, values: Array, multiplier: float, *, first: bool) -> None:
         if multiplier != 1:
-            target = total if first else self._array("product", total.dtype, len(total))
+            target = total if first else self._buffers.array("product", total.dtype, len(total))
             np.multiply(
                 values, total.dtype.type(multiplier), out=target, dtype=total.dtype, casting="safe"
             )
@@ -176,25 +186,46 @@ class NumpyArithmetic:
 
     def _compare_with_first(self, number: int, *, starts: bool) -> None:
         bits = self._raw.view(BITS[self._chunk.dtype])
-        first = self._array(f"first{number}", bits.dtype, len(bits))
-        equal = self._array(f"equal{number}", np.dtype(np.bool_), len(bits))
+        first = self._buffers.array(f"first{number}", bits.dtype, len(bits))
+        equal = self._buffers.array(f"equal{number}", np.bool_, len(bits))
         if starts:
             np.copyto(first, bits)
             equal[:] = True
             return
-        same = self._array("same", np.dtype(np.bool_), len(bits))
+        same = self._buffers.array("same", np.bool_, len(bits))
         np.equal(first, bits, out=same)
         np.logical_and(equal, same, out=equal)
 
     def _restore_equal(self, number: int, quotient: Array) -> None:
         numel = len(quotient)
-        first = self._array(f"first{number}", np.dtype(NUMPY_DTYPES[self._chunk.dtype]), numel)
-        equal = self._array(f"equal{number}", np.dtype(np.bool_), numel)
+        first = self._buffers.array(f"first{number}", NUMPY_DTYPES[self._chunk.dtype], numel)
+        equal = self._buffers.array(f"equal{number}", np.bool_, numel)
         np.copyto(quotient, first, where=equal)
 
     # -- outputs
 
-    def _encode_bfloat16(self, total: Array, bits: Array) -> bool:
+    def _rounded(self, values: Array, pairs: int) -> tuple[memoryview, bool]:
+        """Round once to the output dtype; return the bytes and whether all are finite.
+
+        Args:
+            values: The results, which are used up.
+            pairs: If not 0: their even elements come first, so many, then the odd ones.
+        """
+        output_dtype, numel = self._chunk.output_dtype, self._chunk.numel
+        bits = self._buffers.array("output", BITS[output_dtype], len(values))
+        if output_dtype is BFLOAT16:
+            finite = self._encode_bfloat16(values, bits, pairs)
+        else:
+            rounded = bits.view(NUMPY_DTYPES[output_dtype])
+            if pairs:
+                np.copyto(rounded[0::2], values[:pairs], casting="same_kind")
+                np.copyto(rounded[1::2], values[pairs:], casting="same_kind")
+            else:
+                np.copyto(rounded, values, casting="same_kind")
+            finite = self._largest_magnitude(bits[:numel]) < INFINITY_BITS[output_dtype]
+        return bits[:numel].view(np.uint8).data, finite
+
+    def _encode_bfloat16(self, total: Array, bits: Array, pairs: int) -> bool:
         """Round to bfloat16; return whether all results are finite."""
         words = self._float32_bits(total)
         # a NaN that comes from bfloat16 has no low bits that rounding could carry into its sign
@@ -202,9 +233,9 @@ class NumpyArithmetic:
         finite = is_plain or self._largest_magnitude(words) < OVERFLOWS_BFLOAT16_BITS
         if not finite:
             words[(words & np.uint32(0x7FFFFFFF)) > INFINITY_BITS[FLOAT32]] = NAN_FLOAT32_BITS
-        round_to_bfloat16(words, self._array("carry", words.dtype, len(words)))
-        if self._pairs:
-            low, high = words[: self._pairs], words[self._pairs :]
+        round_to_bfloat16(words, self._buffers.array("carry", words.dtype, len(words)))
+        if pairs:
+            low, high = words[:pairs], words[pairs:]
             np.right_shift(low, SIXTEEN, out=low)
             np.bitwise_and(high, HIGH_HALF, out=high)
             np.bitwise_or(low, high, out=bits.view(np.uint32))
@@ -221,37 +252,15 @@ class NumpyArithmetic:
             return total.view(np.uint32)
         return round_to_odd(
             total,
-            self._array("narrow", np.dtype(np.float32), len(total)),
-            self._array("widened", np.dtype(np.float64), len(total)),
+            self._buffers.array("narrow", np.float32, len(total)),
+            self._buffers.array("widened", np.float64, len(total)),
         ).view(np.uint32)
 
     def _largest_magnitude(self, bits: Array) -> int:
-        magnitude = self._array("magnitude", bits.dtype, len(bits))
+        magnitude = self._buffers.array("magnitude", bits.dtype, len(bits))
         without_sign = (1 << (8 * bits.itemsize - 1)) - 1
         np.bitwise_and(bits, bits.dtype.type(without_sign), out=magnitude)
         return int(magnitude.max())
-
-    def _array(self, role: str, dtype: np.dtype[Any], numel: int) -> Array:
-        """Return a view of the buffer for one role, made when it is first needed.
-
-        It is made for the largest chunk: what is freed to grow may stay with the process.
-        """
-        nbytes = numel * dtype.itemsize
-        array = self._arrays.get(role)
-        if array is None or array.nbytes < nbytes:
-            whole = -(-nbytes * self._max_chunk_nbytes // max(self._chunk.nbytes, 1))
-            array = self._arrays[role] = _aligned_empty(max(whole, nbytes))
-        return array[:nbytes].view(dtype)
-
-
-def _aligned_empty(nbytes: int) -> Array:
-    """Return bytes that begin on a cache line.
-
-    Measured on an AMD EPYC: the kernel copies file pages five times slower to some other addresses.
-    """
-    room = np.empty(nbytes + _CACHE_LINE_NBYTES, np.uint8)
-    start = -room.ctypes.data % _CACHE_LINE_NBYTES
-    return room[start : start + nbytes]
 
 
 def workspace_nbytes(
@@ -268,7 +277,10 @@ def workspace_nbytes(
     per_element = dtype.itemsize + n_sums * total.itemsize + output_dtype.itemsize
     if needs_products(sums) or any(one.goes_on for one in sums):
         per_element += total.itemsize
-    is_plain = dtype is output_dtype or output_dtype is not BFLOAT16
+    has_statistics = len(rows) > sum(row.statistic is None for row in rows)
+    per_element += 8 if has_statistics else 0
+    is_float64 = has_statistics or total is FLOAT64  # at least some of what is rounded
+    is_plain = output_dtype is not BFLOAT16 or (dtype is BFLOAT16 and not is_float64)
     magnitudes = [output_dtype.itemsize if is_plain else 4]
     if dtype.bits == 16:
         per_element += 2  # decoded: a 32-bit word for one half of the elements
@@ -276,8 +288,9 @@ def workspace_nbytes(
             magnitudes.append(2)
     per_element += max(magnitudes)
     per_element += 4 if output_dtype is BFLOAT16 else 0  # carry
-    if total is FLOAT64 and output_dtype is BFLOAT16:
+    if is_float64 and output_dtype is BFLOAT16:
         per_element += 4 + 8 + 2 + 16  # rounding to odd, with its temporaries
     if not keeps_equal_by_rounding(dtype, total):
         per_element += n_sums * (dtype.itemsize + 1) + 1  # first, equal, same
-    return numel * per_element
+    statistics = order_nbytes(chunk_nbytes, dtype, rows) + noisy_nbytes(chunk_nbytes, dtype, rows)
+    return numel * per_element + statistics

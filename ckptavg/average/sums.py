@@ -55,10 +55,14 @@ class RunningSum:
 
 
 def running_sums(rows: Sequence[CoefficientRow]) -> list[RunningSum]:
-    """Return as few sums as give the totals of all rows."""
-    terms = [[(index, row.multipliers[index]) for index in reversed(row.used)] for row in rows]
+    """Return as few sums as give the totals of all rows but those that take a statistic."""
+    terms = {
+        number: [(index, row.multipliers[index]) for index in reversed(row.used)]
+        for number, row in enumerate(rows)
+        if row.statistic is None
+    }
     sums: list[RunningSum] = []
-    for row in sorted(range(len(rows)), key=lambda row: -len(terms[row])):  # longest first
+    for row in sorted(terms, key=lambda row: -len(terms[row])):  # longest first
         for found in sums:
             if list(found.multipliers.items())[: len(terms[row])] == terms[row]:
                 break

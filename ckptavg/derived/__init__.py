@@ -101,7 +101,8 @@ def derive_groups(
 
     Raises:
         CheckpointError: If an adapter is not what its config says.
-        IncompatibleCheckpointsError: If these adapters have no such average.
+        IncompatibleCheckpointsError: If these adapters have no such average, or what is computed
+            in groups has no such statistic.
     """
     if configs is not None:
         adapter = plan_adapters(checkpoints, configs, recipe, rows)
