@@ -24,6 +24,7 @@ from ckptavg import (
 )
 from ckptavg.cli import run
 from ckptavg.coefficients import CoefficientRow
+from ckptavg.recipe import Accumulate
 from ckptavg.scheme_windows import Positions
 from ckptavg.schemes import coefficient_rows, output_names, shortened
 
@@ -357,18 +358,12 @@ def test_outputs_are_called_after_what_is_typed() -> None:
     assert output_names([parse_scheme("swag:samples=2")]) == ("sample-01", "sample-02")
     assert output_names([parse_scheme("swag:samples=1")]) == ("",)
     assert output_names([parse_scheme("swag:samples=100")])[::99] == ("sample-001", "sample-100")
-    assert all(len(name) <= 100 for name in output_names(parse_schemes(
-        "trimmed:fraction=0.3333333333333333,from=100000000000000000,to=999999999999999999,"
-        "every=100000000000000000,last=1..2")))  # fmt: skip
 
 
 def test_long_schemes_are_shortened_in_messages() -> None:
     assert shortened("uniform:last=5") == "uniform:last=5"
     long = f"coefficients:{','.join(['0.0125'] * 80)}"
-    assert (
-        shortened(long) == "coefficients:0.0125,0.0125,0.0...125,0.0125,0.01"
-        or len(shortened(long)) < 60
-    )
+    assert shortened(long) == "coefficients:0.0125,0.0125,0.0...5,0.0125,0.0125"
 
 
 def saved(folder: Path, *, equal: bool = False) -> list[Path]:
@@ -394,10 +389,11 @@ LINEAR = (
 def test_equal_checkpoints_return_themselves_under_every_linear_scheme(tmp_path: Path) -> None:
     sources = saved(tmp_path, equal=True)
     expected = load_file(sources[0])
-    for accumulate in ("auto", "float32"):
+    choices: tuple[Accumulate, ...] = ("auto", "float32")
+    for accumulate in choices:
         result = average_checkpoints(
-            sources, tmp_path / accumulate, schemes=LINEAR, accumulate=accumulate  # type: ignore[arg-type]
-        )  # fmt: skip
+            sources, tmp_path / accumulate, schemes=LINEAR, accumulate=accumulate
+        )
         assert len(result.outputs) == len(LINEAR)
         for one in result.outputs:
             found = load_file(one.path / "model.safetensors")
