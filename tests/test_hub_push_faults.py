@@ -295,6 +295,11 @@ def test_a_token_that_may_not_write_is_told(hub: LoopbackHub, swa: Path) -> None
             ["--push", "a/b@dev", "--scheme", "uniform", "--scheme", "uniform:last=1"],
             "a/b@dev: several averages go to a branch each, named like them",
         ),
+        (
+            ["--push", "a/b@dev", "--scheme", "uniform:last=1..2"],
+            "a/b@dev: several averages go to a branch each, named like them",
+        ),
+        (["--push", "a/b@dev", "--scheme", "swag"], "a/b@dev: several averages go to a branch"),
         (["--push", "a/b", "--card", "binary"], "binary: cannot be read as text: "),
     ],
 )

@@ -16,20 +16,17 @@ from torch import Tensor
 
 from ckptavg import (
     IncompatibleCheckpointsError,
-    MemoryBudgetError,
     Recipe,
     average_checkpoints,
     open_checkpoint,
     plan_average,
 )
-from ckptavg.average import size_workspace
 from ckptavg.average.cuda_arithmetic import CudaArithmetic
 from ckptavg.average.floats import encode_from_float64
 from ckptavg.average.numpy_arithmetic import NumpyArithmetic
 from ckptavg.average.sorting_network import sort_rows, sorting_network, stacks_of
 from ckptavg.blocks import Action, Chunk
 from ckptavg.coefficients import CoefficientRow
-from ckptavg.derived import derive_groups
 from ckptavg.tensors import DTYPE_BY_NAME, DType, Piece
 
 INFINITY, NAN = math.inf, math.nan
@@ -447,57 +444,3 @@ def test_a_median_that_overflows_the_output_dtype_is_refused(
         "tensor 'w': averaged values overflow float16; choose a wider --dtype, or pass "
         "--allow-nonfinite"
     )
-
-
-# -- what has none
-
-
-def test_a_weight_normed_layer_has_no_median(tmp_path: Path, give_rows: GiveRows) -> None:
-    generator = torch.Generator().manual_seed(0)
-    paths = [
-        save_checkpoint(
-            tmp_path / f"c{number}",
-            {
-                "fc.weight_g": torch.rand(4, 1, generator=generator),
-                "fc.weight_v": torch.randn(4, 3, generator=generator),
-            },
-            "safetensors",
-        )
-        for number in range(3)
-    ]
-    checkpoints = [open_checkpoint(path) for path in paths]
-    assert derive_groups(checkpoints, None, Recipe(), [mean(3)]).groups
-    with pytest.raises(
-        IncompatibleCheckpointsError,
-        match=r"^'fc.weight' \(weight_norm\) is averaged as what several tensors make together, "
-        "which has no order statistic",
-    ):
-        derive_groups(checkpoints, None, Recipe(), [median(3)])
-
-
-# -- memory
-
-
-def test_the_chunk_shrinks_until_the_stacks_fit_the_budget(tmp_path: Path, device: str) -> None:
-    values = [torch.zeros(2_000_000) for _ in range(4)]
-    checkpoints = [open_checkpoint(save(tmp_path, values)[number % 4]) for number in range(60)]
-    plan = plan_average(checkpoints, Recipe())
-    where = "cpu" if device == "cpu" else "cuda:0"
-    sizes = {}
-    for name, row in (("mean", mean(60)), ("median", median(60))):
-        workspace = size_workspace(
-            with_rows(plan, [row]), where, memory_budget_bytes=64 * 2**20, n_threads=2
-        )
-        assert workspace.max_host_nbytes <= 64 * 2**20
-        assert workspace.device_nbytes <= 1000 * 2**20
-        sizes[name] = workspace.chunk_nbytes
-    assert sizes["median"] < sizes["mean"]
-
-
-def test_a_stack_that_does_not_fit_is_refused_with_what_is_needed(tmp_path: Path) -> None:
-    path = save(tmp_path, [torch.zeros(2_000_000)])[0]
-    plan = plan_average([open_checkpoint(path) for _ in range(200)], Recipe())
-    with pytest.raises(MemoryBudgetError, match=r"at least \d+ bytes are needed \(--memory\)$"):
-        size_workspace(
-            with_rows(plan, [median(200)]), "cpu", memory_budget_bytes=16 * 2**20, n_threads=1
-        )

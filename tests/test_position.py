@@ -40,6 +40,7 @@ from ckptavg.checkpoint.position import Position, position_from_name, training_o
         ("12epoch.pth", None, 12),
         ("12-epochs.pth", None, 12),
         ("iter_0000100", 100, None),
+        ("network-snapshot-0000393-0.050.pt", 393, None),
         ("model--val_loss=0.10-step=10-consumed_samples=80", 10, None),
         ("epoch=3-step=900-v1.ckpt", 900, 3),
         ("100.pt", 100, None),

@@ -5,11 +5,13 @@ import math
 import random
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import save_checkpoint
 from safetensors.torch import load_file
+from test_adapters import make
 from test_schemes import NAMES
 from torch import nn
 
@@ -24,6 +26,8 @@ from ckptavg import (
 )
 from ckptavg.cli import run
 from ckptavg.coefficients import CoefficientRow
+from ckptavg.power_ema import fit_power_ema
+from ckptavg.recipe import Accumulate
 from ckptavg.scheme_windows import Positions
 from ckptavg.schemes import coefficient_rows, output_names, shortened
 
@@ -357,18 +361,12 @@ def test_outputs_are_called_after_what_is_typed() -> None:
     assert output_names([parse_scheme("swag:samples=2")]) == ("sample-01", "sample-02")
     assert output_names([parse_scheme("swag:samples=1")]) == ("",)
     assert output_names([parse_scheme("swag:samples=100")])[::99] == ("sample-001", "sample-100")
-    assert all(len(name) <= 100 for name in output_names(parse_schemes(
-        "trimmed:fraction=0.3333333333333333,from=100000000000000000,to=999999999999999999,"
-        "every=100000000000000000,last=1..2")))  # fmt: skip
 
 
 def test_long_schemes_are_shortened_in_messages() -> None:
     assert shortened("uniform:last=5") == "uniform:last=5"
     long = f"coefficients:{','.join(['0.0125'] * 80)}"
-    assert (
-        shortened(long) == "coefficients:0.0125,0.0125,0.0...125,0.0125,0.01"
-        or len(shortened(long)) < 60
-    )
+    assert shortened(long) == "coefficients:0.0125,0.0125,0.0...5,0.0125,0.0125"
 
 
 def saved(folder: Path, *, equal: bool = False) -> list[Path]:
@@ -394,10 +392,11 @@ LINEAR = (
 def test_equal_checkpoints_return_themselves_under_every_linear_scheme(tmp_path: Path) -> None:
     sources = saved(tmp_path, equal=True)
     expected = load_file(sources[0])
-    for accumulate in ("auto", "float32"):
+    choices: tuple[Accumulate, ...] = ("auto", "float32")
+    for accumulate in choices:
         result = average_checkpoints(
             sources, tmp_path / accumulate, schemes=LINEAR, accumulate=accumulate
-        )  # fmt: skip
+        )
         assert len(result.outputs) == len(LINEAR)
         for one in result.outputs:
             found = load_file(one.path / "model.safetensors")
@@ -440,6 +439,28 @@ def test_the_order_of_the_sources_does_not_matter_where_steps_are_known(tmp_path
         )  # fmt: skip
     for one, other in zip(*files, strict=True):
         assert all(torch.equal(other[name], value) for name, value in one.items())
+
+
+def test_stored_averages_of_two_widths_are_put_together(tmp_path: Path) -> None:
+    steps, sigmas = (100, 200, 300), (0.05, 0.1)
+    tensors = {}
+    for number, (step, sigma) in enumerate(product(steps, sigmas)):
+        name = f"network-snapshot-{step:07d}-{sigma:.3f}"
+        tensors[name] = torch.randn(5, generator=torch.Generator().manual_seed(number))
+        save_checkpoint(tmp_path / name, {"w": tensors[name]}, "safetensors")
+    result = average_checkpoints(
+        tmp_path / "*.safetensors", tmp_path / "out", schemes="phema:sigma=0.15"
+    )
+    fit = fit_power_ema([100, 100, 200, 200, 300, 300], sigmas * 3, 0.15)
+    labels = [f"network-snapshot-{step:07d}-{sigma:.3f}" for step, sigma in product(steps, sigmas)]
+    expected = sum(
+        value * tensors[label].double()
+        for value, label in zip(fit.coefficients, labels, strict=True)
+    )
+    assert isinstance(expected, torch.Tensor)
+    found = load_file(tmp_path / "out/model.safetensors")["w"]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+    assert any("with a relative error of 0.15 (L2)" in note for note in result.notes)
 
 
 def test_what_has_no_coefficients_says_so_everywhere(
@@ -539,7 +560,7 @@ def test_all_schemes_are_explained_on_one_screen(capsys: pytest.CaptureFixture[s
 
 
 def test_normed_layers_and_adapters_refuse_what_is_no_weighted_mean(tmp_path: Path) -> None:
-    sources = []
+    sources, adapters = [], make(tmp_path, [{}, {}, {}])[0]
     for step in (1, 2, 3):
         layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
         state = {f"layer.{name}": value for name, value in layer.state_dict().items()}
@@ -553,3 +574,7 @@ def test_normed_layers_and_adapters_refuse_what_is_no_weighted_mean(tmp_path: Pa
             "weighted mean such as uniform"
         )
     average_checkpoints(sources, tmp_path / "out", schemes=["linear", "median:last=1"])
+    kinds: tuple[dict[str, Any], ...] = ({}, {"adapter_rank": 2}, {"adapter_factors": True})
+    for options in kinds:
+        with pytest.raises(UsageError, match="LoRA adapters are averaged by the products of"):
+            average_checkpoints(adapters, tmp_path / "adapter", schemes="median", **options)

@@ -6,7 +6,7 @@ from pathlib import PurePath
 from typing import NamedTuple
 
 _STEP = re.compile(
-    r"(?:global[_-]?step|step|iteration|iter|update|batch|checkpoint|ckpt|(?<![a-z])ba)s?[-_=]?(\d{1,18})(?!\d)",
+    r"(?:global[_-]?step|step|iteration|iter|update|batch|checkpoint|ckpt|snapshot|(?<![a-z])ba)s?[-_=]?(\d{1,18})(?!\d)",
     re.IGNORECASE,
 )
 _EPOCH = re.compile(
