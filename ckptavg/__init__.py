@@ -53,8 +53,7 @@ if TYPE_CHECKING:
         SweepResult,
         SweepRow,
     )
-    from ckptavg.scheme_kinds import SchemeKind, list_schemes
-    from ckptavg.schemes import Scheme, parse_scheme, parse_schemes
+    from ckptavg.schemes import Scheme, SchemeKind, list_schemes, parse_scheme, parse_schemes
     from ckptavg.search.sweep import sweep
     from ckptavg.selection import Selection
     from ckptavg.tensors import HubRevision, PushResult
@@ -92,7 +91,7 @@ _HOME = {
     "RunCheckpoint": "results",
     "RunInfo": "results",
     "Scheme": "schemes",
-    "SchemeKind": "scheme_kinds",
+    "SchemeKind": "schemes",
     "Selection": "selection",
     "SourceError": "errors",
     "StageTimes": "results",
@@ -103,7 +102,7 @@ _HOME = {
     "hub_revisions": "pipeline",
     "inspect_checkpoint": "pipeline",
     "inspect_run": "pipeline",
-    "list_schemes": "scheme_kinds",
+    "list_schemes": "schemes",
     "model_from": "model_zoo",
     "open_checkpoint": "checkpoint",
     "parse_scheme": "schemes",

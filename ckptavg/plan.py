@@ -27,8 +27,7 @@ from ckptavg.derived import (
 from ckptavg.errors import IncompatibleCheckpointsError, UsageError
 from ckptavg.hub import split_into_shards
 from ckptavg.recipe import Recipe
-from ckptavg.scheme_windows import Positions
-from ckptavg.schemes import Scheme, coefficient_rows, output_names
+from ckptavg.schemes import Positions, Scheme, coefficient_rows, output_names
 from ckptavg.tensors import (
     DTYPE_BY_NAME,
     DType,

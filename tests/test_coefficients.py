@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 
 from ckptavg import Scheme, UsageError, parse_scheme
 from ckptavg.coefficients import GaussianNoise, Trimmed
-from ckptavg.decay_merging import DECAYS, merged_decay
-from ckptavg.power_ema import MAX_SIGMA, fit_power_ema, gamma_of_sigma, power_ema
-from ckptavg.scheme_windows import Positions
-from ckptavg.schemes import coefficient_rows
+from ckptavg.schemes import Positions, coefficient_rows
+from ckptavg.schemes.decay_merging import DECAYS, merged_decay
+from ckptavg.schemes.power_ema import MAX_SIGMA, fit_power_ema, gamma_of_sigma, power_ema
 
 Array = NDArray[np.float64]
 

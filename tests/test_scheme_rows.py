@@ -26,10 +26,9 @@ from ckptavg import (
 )
 from ckptavg.cli import run
 from ckptavg.coefficients import CoefficientRow
-from ckptavg.power_ema import fit_power_ema
 from ckptavg.recipe import Accumulate
-from ckptavg.scheme_windows import Positions
-from ckptavg.schemes import coefficient_rows, output_names, shortened
+from ckptavg.schemes import Positions, coefficient_rows, output_names, shortened
+from ckptavg.schemes.power_ema import fit_power_ema
 
 # those that are linear, and what they have to work with: six checkpoints at STEPS
 STEPS = (100, 150, 300, 310, 500, 800)

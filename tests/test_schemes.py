@@ -22,8 +22,7 @@ from ckptavg import (
 from ckptavg.average.sums import running_sums
 from ckptavg.cli import run
 from ckptavg.coefficients import CoefficientRow
-from ckptavg.scheme_windows import Positions
-from ckptavg.schemes import coefficient_rows, output_names
+from ckptavg.schemes import Positions, coefficient_rows, output_names
 
 SCHEMES = (
     "uniform",

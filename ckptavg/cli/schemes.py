@@ -18,7 +18,7 @@ _INDENT = 13
 
 def scheme_lines() -> Iterator[str]:
     """Yield what ``--list-schemes`` prints: two lines a scheme, and what holds for all."""
-    from ckptavg.scheme_kinds import list_schemes
+    from ckptavg.schemes import list_schemes
 
     for kind in list_schemes():
         yield f"{kind.name:<{_INDENT}}{kind.summary}"

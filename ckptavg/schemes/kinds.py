@@ -6,13 +6,13 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ckptavg import coefficients as formulas
 from ckptavg.coefficients import CoefficientRow, GaussianNoise, Trimmed
-from ckptavg.decay_merging import DECAYS, NEVER_ZERO, merged_decay
 from ckptavg.errors import UsageError
-from ckptavg.power_ema import MAX_SIGMA, fit_power_ema, power_ema
-from ckptavg.scheme_options import Option, Real, Several, Whole, Word
-from ckptavg.scheme_windows import WINDOW_OPTIONS, Window
+from ckptavg.schemes import formulas
+from ckptavg.schemes.decay_merging import DECAYS, NEVER_ZERO, merged_decay
+from ckptavg.schemes.options import Option, Real, Several, Whole, Word
+from ckptavg.schemes.power_ema import MAX_SIGMA, fit_power_ema, power_ema
+from ckptavg.schemes.windows import WINDOW_OPTIONS, Window
 
 Given = Mapping[str, Any]  # the options that were given, by field
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from ckptavg.coefficients import CoefficientRow
 from ckptavg.errors import UsageError
-from ckptavg.scheme_kinds import DEFAULT_SAMPLES, SchemeKind, kind_named, list_schemes, meant
-from ckptavg.scheme_options import Option, read_number, read_range
-from ckptavg.scheme_windows import Positions, window_of
+from ckptavg.schemes.kinds import DEFAULT_SAMPLES, SchemeKind, kind_named, list_schemes, meant
+from ckptavg.schemes.options import Option, read_number, read_range
+from ckptavg.schemes.windows import Positions, window_of
 
 _LABEL = re.compile(r"\w[\w.+-]{0,99}", re.ASCII)  # a directory that needs no quoting
 _UNTAME = re.compile(r"[^\w.+-]+", re.ASCII)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from ckptavg.coefficients import CoefficientRow, GaussianNoise, Trimmed, combination
 from ckptavg.errors import UsageError
-from ckptavg.power_ema import MAX_SIGMA
-from ckptavg.scheme_options import Option, Whole
+from ckptavg.schemes.options import Option, Whole
+from ckptavg.schemes.power_ema import MAX_SIGMA
 
 WINDOW_OPTIONS = (
     Option("from", Whole(0)),
