@@ -253,7 +253,7 @@ def test_bits_depend_on_nothing_but_seed_sample_name_and_element(
         for k in range(4)
     ]
     others = [mean(4), noisy(mean(4), seed=3, sample=1), median(4, last=3)]
-    found = []
+    found: list[bytes] = []
     for sources, company, n_threads, budget in (
         (alone, [], 1, 512 * 2**20),
         (alone, [], 3, 512 * 2**20),
