@@ -22,7 +22,7 @@ BUDGET_MB = 64
 PROBE = (
     WATCH
     + """
-import json, sys, numpy
+import json, sys, numpy, pytest
 from typing import Any, NamedTuple
 
 output, options, sources = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
@@ -31,12 +31,20 @@ if options["device"] == "cuda":
     torch.empty(0, device="cuda")
 memory = here()
 from ckptavg import Recipe, average_checkpoints
+from ckptavg import prepare
 from ckptavg.prepare import chosen_schemes, prepared_average
 
+if rows := options.pop("rows", None):
+    import statistic_rows as made
+    from ckptavg.plan import plan_average
+    rows = [eval(row, vars(made) | {"n": len(sources)}) for row in rows]
+    prepare.plan_average = lambda *args, **named: made.with_rows(plan_average(*args, **named), rows)
 with watched(memory):
     result = average_checkpoints(sources, output, overwrite=True, **options)
 assert options["device"] == "cuda" or "torch" not in sys.modules
-recipe = Recipe(schemes=chosen_schemes(options.pop("schemes", ()), None))
+recipe = Recipe(
+    schemes=chosen_schemes(options.pop("schemes", ()), None), dtype=options.pop("dtype", "same")
+)
 with prepared_average(sources, output, recipe, overwrite=True, **options) as prepared:
     workspace = prepared.workspace
 print(json.dumps([
@@ -49,7 +57,7 @@ print(json.dumps([
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
-    """Return 16 checkpoints of 200 MB in each format; four files, linked four times over."""
+    """Return 24 checkpoints of 200 MB in each format; four files, linked six times over."""
     folder = tmp_path_factory.mktemp("large")
     generator = torch.Generator().manual_seed(0)
     paths: dict[str, list[Path]] = {"safetensors": [], "pt": []}
@@ -61,7 +69,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path
         tensors |= {f"layer.{n}.bias": torch.randn(n, generator=generator) for n in range(40)}
         save_file(tensors, folder / f"{index}.safetensors")
         torch.save({"state_dict": tensors, "epoch": index}, folder / f"{index}.pt")
-    for copy in range(4):
+    for copy in range(6):
         for index in range(4):
             for suffix in paths:
                 linked = folder / f"{copy}-{index}.{suffix}"
@@ -85,6 +93,7 @@ def measured(paths: list[Path], output: Path, **options: Any) -> Measured:
             *map(str, paths),
         ],
         capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )  # fmt: skip
     return Measured(*json.loads(result.stdout))
 
@@ -161,6 +170,40 @@ def test_the_plan_tells_the_memory_that_a_run_takes(
     # interpreters differ by some megabytes, which weigh where the buffers are few
     assert found.host_nbytes == pytest.approx(found.promised_host_nbytes, rel=0.1, abs=4 * MB)
     assert found.host_nbytes <= 512 * 2**20
+    if found.device_nbytes is not None:
+        assert found.device_nbytes == pytest.approx(found.promised_device_nbytes, rel=0.1)
+        assert found.device_nbytes <= 2**30
+
+
+ORDER = ["mean(n)", "median(n)", "trimmed(n, 3)", "median(n, last=5)"]
+NOISE = ["mean(n)", *(f"noisy(mean(n), sample={sample})" for sample in range(5))]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("rows", [ORDER, NOISE], ids=["order statistics", "noise"])
+def test_statistics_of_24_checkpoints_are_taken_within_the_budget(
+    checkpoints: dict[str, list[Path]], tmp_path: Path, rows: list[str]
+) -> None:
+    found = measured(
+        checkpoints["safetensors"], tmp_path / "out", rows=rows,
+        memory_budget_bytes=BUDGET_MB * MB,
+    )  # fmt: skip
+    assert found.host_nbytes <= found.promised_max_host_nbytes <= BUDGET_MB * MB
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("rows", [ORDER, NOISE], ids=["order statistics", "noise"])
+@pytest.mark.parametrize("dtype", ["same", "bfloat16"])
+def test_the_plan_tells_the_memory_that_statistics_take(
+    checkpoints: dict[str, list[Path]], tmp_path: Path, rows: list[str], dtype: str, device: str
+) -> None:
+    if rows is NOISE and device != "cpu":
+        pytest.skip("noise is drawn on the CPU")
+    found = measured(
+        checkpoints["safetensors"][:8], tmp_path / "out",
+        rows=rows, device=device, dtype=dtype, n_threads=2 if device == "cpu" else None,
+    )  # fmt: skip
+    assert found.host_nbytes == pytest.approx(found.promised_host_nbytes, rel=0.1, abs=4 * MB)
     if found.device_nbytes is not None:
         assert found.device_nbytes == pytest.approx(found.promised_device_nbytes, rel=0.1)
         assert found.device_nbytes <= 2**30

@@ -30,7 +30,8 @@ _FEW_THREADS = 4  # more of them get larger chunks: they would wait for Python's
 _MIN_CHUNK_NBYTES = 64 * 1024
 _MAX_THREADS = 8  # more gain nothing, for the same reason
 _MAX_WAITING_THREADS = 16
-FIXED_NBYTES = 5_000 * 1024  # code, threads, headers and plan of a usual model
+FIXED_NBYTES = 6_000 * 1024  # code, threads, headers and plan of a usual model
+_RANDOM_NBYTES = 1_800 * 1024  # numpy's random numbers, which are loaded where they are drawn
 _STACK_NBYTES = 256 * 1024  # of a thread: its stack, its arena
 _TRIAL_SECONDS = 0.25  # of reading, after which it is clear whether it waits for the storage
 
@@ -47,7 +48,8 @@ def size_cpu_workspace(
     chunk_nbytes = _CHUNK_NBYTES * (1 if threads <= _FEW_THREADS else 2)
 
     def needed(threads: int) -> int:
-        return FIXED_NBYTES + threads * _thread_nbytes(plan, chunk_nbytes)
+        code = FIXED_NBYTES + (_RANDOM_NBYTES if plan.draws_noise else 0)
+        return code + threads * _thread_nbytes(plan, chunk_nbytes)
 
     while needed(threads) > memory_budget_bytes and chunk_nbytes > _MIN_CHUNK_NBYTES:
         chunk_nbytes //= 2

@@ -19,7 +19,7 @@ from ckptavg.plan import is_batchnorm_statistic
 from ckptavg.tensors import DType
 
 _TILE_NUMEL = 2**14
-_TILE_ARRAYS = 16  # float64 ones that are held at once while a tile is worked on
+_TILE_ARRAYS = 12  # float64 ones that are held at once while a tile is worked on
 
 
 @dataclass(frozen=True)

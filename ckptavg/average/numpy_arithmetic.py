@@ -34,6 +34,8 @@ from ckptavg.blocks import Chunk
 from ckptavg.coefficients import CoefficientRow
 from ckptavg.tensors import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
 
+_TILE_NUMEL = 2**14  # of float64 values that are rounded to bfloat16 at once
+
 
 class NumpyArithmetic:
     """Sums chunks of several checkpoints and rounds the results; owns all buffers it needs.
@@ -60,6 +62,7 @@ class NumpyArithmetic:
         self._sum_of_row = sum_of_row(self._sums)
         self._accumulate = accumulate
         self._buffers = Buffers(max_chunk_nbytes)
+        self._widened: Array | None = None
         self._ordered = OrderStatistics(rows, self._buffers)
         self._noisy = NoisyMeans(rows, self._buffers)
 
@@ -250,11 +253,14 @@ class NumpyArithmetic:
         """Return float32 bits to round further; float64 is rounded to odd, so that once is once."""
         if total.dtype == np.float32:
             return total.view(np.uint32)
-        return round_to_odd(
-            total,
-            self._buffers.array("narrow", np.float32, len(total)),
-            self._buffers.array("widened", np.float64, len(total)),
-        ).view(np.uint32)
+        narrow = self._buffers.array("narrow", np.float32, len(total))
+        if self._widened is None:
+            self._widened = np.empty(_TILE_NUMEL, np.float64)
+        for first in range(0, len(total), _TILE_NUMEL):  # it takes temporaries
+            values = total[first : first + _TILE_NUMEL]
+            place = slice(first, first + len(values))
+            round_to_odd(values, narrow[place], self._widened[: len(values)])
+        return narrow.view(np.uint32)
 
     def _largest_magnitude(self, bits: Array) -> int:
         magnitude = self._buffers.array("magnitude", bits.dtype, len(bits))
@@ -288,9 +294,11 @@ def workspace_nbytes(
             magnitudes.append(2)
     per_element += max(magnitudes)
     per_element += 4 if output_dtype is BFLOAT16 else 0  # carry
+    rounding = 0
     if is_float64 and output_dtype is BFLOAT16:
-        per_element += 4 + 8 + 2 + 16  # rounding to odd, with its temporaries
+        per_element += 4  # narrow
+        rounding = _TILE_NUMEL * (8 + 2 + 16)  # rounding to odd, with its temporaries
     if not keeps_equal_by_rounding(dtype, total):
         per_element += n_sums * (dtype.itemsize + 1) + 1  # first, equal, same
     statistics = order_nbytes(chunk_nbytes, dtype, rows) + noisy_nbytes(chunk_nbytes, dtype, rows)
-    return numel * per_element + statistics
+    return numel * per_element + rounding + statistics

@@ -21,7 +21,8 @@ from ckptavg.blocks import Chunk
 from ckptavg.coefficients import CoefficientRow
 from ckptavg.tensors import FLOAT16, FLOAT64, DType
 
-_TILE_NBYTES = 64 * 1024  # of each checkpoint: twenty of them stay in the caches while sorted
+_VIEW_NBYTES = 160  # of a tile of one checkpoint, as an object
+_TILE_NBYTES = 128 * 1024  # of each checkpoint: twenty of them stay in the caches while sorted
 
 
 class OrderStatistics:
@@ -208,4 +209,5 @@ def order_nbytes(chunk_nbytes: int, dtype: DType, rows: Sequence[CoefficientRow]
         return 0
     numel = chunk_nbytes // dtype.itemsize + 2
     n_rows = sum(len(stack.members) + 1 for stack in stacks)
-    return numel * n_rows * dtype.itemsize + 3 * _TILE_NBYTES
+    n_tiles = chunk_nbytes // _TILE_NBYTES + 1
+    return n_rows * (numel * dtype.itemsize + n_tiles * _VIEW_NBYTES) + 3 * _TILE_NBYTES
