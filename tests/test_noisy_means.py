@@ -303,28 +303,6 @@ def test_both_parts_of_complex_numbers_have_noise_of_their_own(
     np.testing.assert_allclose(result.numpy(), reference(parts, row, "z"), rtol=1e-6)
 
 
-@pytest.mark.usefixtures("small_blocks")
-def test_a_resumed_run_gives_the_same_bits(tmp_path: Path, give_rows: GiveRows) -> None:
-    sources = save(tmp_path, [{"w": value} for value in random_values(3, 20_001)])
-    give_rows(noisy(mean(3)), mean(3))
-    average_checkpoints(sources, tmp_path / "whole")
-
-    def interrupt(stage: str, done: int, total: int | None) -> None:
-        calls.append(done)
-        if len(calls) == 7:
-            raise KeyboardInterrupt
-
-    calls: list[int] = []
-    with pytest.raises(KeyboardInterrupt):
-        average_checkpoints(sources, tmp_path / "out", progress=interrupt, n_threads=1)
-    result = average_checkpoints(sources, tmp_path / "out")
-    assert 0 < result.resumed_nbytes < result.read_nbytes
-    for name in ("out0", "out1"):
-        assert bits(loaded(tmp_path / "out" / name)["w"]) == bits(
-            loaded(tmp_path / "whole" / name)["w"]
-        )
-
-
 def test_seed_sample_and_scale_are_part_of_the_fingerprint(tmp_path: Path) -> None:
     paths = save(tmp_path, [{"w": value} for value in random_values(3, 10)])
     plan = plan_average([open_checkpoint(path) for path in paths], Recipe())

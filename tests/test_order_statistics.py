@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import save_checkpoint
 from safetensors.torch import load_file
-from statistic_rows import GiveRows, mean, median, trimmed, with_rows
+from statistic_rows import GiveRows, mean, median, noisy, trimmed, with_rows
 from torch import Tensor
 
 from ckptavg import (
@@ -300,7 +300,7 @@ def test_torch_gives_the_bits_of_numpy(
 def test_a_resumed_run_gives_the_same_bits(tmp_path: Path, give_rows: GiveRows) -> None:
     values = some_values(torch.float32, 5, 20_000)
     paths = save(tmp_path, values)
-    give_rows(median(5), mean(5))
+    give_rows(median(5), mean(5), noisy(mean(5)))
     average_checkpoints(paths, tmp_path / "whole")
 
     def interrupt(stage: str, done: int, total: int | None) -> None:
@@ -313,7 +313,7 @@ def test_a_resumed_run_gives_the_same_bits(tmp_path: Path, give_rows: GiveRows) 
         average_checkpoints(paths, tmp_path / "out", progress=interrupt, n_threads=1)
     result = average_checkpoints(paths, tmp_path / "out")
     assert 0 < result.resumed_nbytes < result.read_nbytes
-    for name in ("out0", "out1"):
+    for name in ("out0", "out1", "out2"):
         one, other = (
             (tmp_path / folder / name / "model.safetensors").read_bytes()
             for folder in ("whole", "out")
