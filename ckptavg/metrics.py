@@ -1,92 +1,109 @@
-"""Metrics by name: whether less or more is better, which of two values is, and which is meant."""
+"""Which metric decides, and whether more of it is better."""
 
 import difflib
 import math
 import re
-from collections.abc import Iterable
-from typing import Literal, get_args
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
-from ckptavg.errors import SourceError, UsageError
+from ckptavg.errors import UsageError
 
 Mode = Literal["min", "max"]
 
-# as parts of a name, however it is put together: val_loss, valLoss, eval/top1, bits_per_byte
-_MIN_WORDS = frozenset(
-    {
-        "loss", "nll", "perplexity", "ppl", "error", "err", "mse", "mae", "rmse", "wer", "cer",
-        "fid", "bpb", "bpc", "entropy", "brier", "ece",
-    }
-)  # fmt: skip
-_MAX_WORDS = frozenset(
-    {
-        "acc", "accuracy", "f", "auc", "auroc", "bleu", "rouge", "iou", "miou", "map", "top",
-        "recall", "precision", "r", "em", "score", "dice", "psnr", "ssim", "ndcg", "mrr",
-    }
-)  # fmt: skip
-_NUMBERED_ONLY = frozenset({"f", "r", "top"})  # f1, r2, top5
-_INSIDE = ("loss", "perplexity", "accuracy")  # of words run together: valloss, testaccuracy
-_NEGATED = frozenset({"neg", "negative", "minus"})  # scikit-learn's neg_mean_squared_error
-# valLoss in two words, then mIoU and mAP50 in one
-_WORDS = (re.compile(r"([A-Z]+(?![a-z])|[A-Z]?[a-z]+)(\d*)"), re.compile(r"([A-Za-z]+)(\d*)"))
-_MAX_LISTED = 12
+_LOW = re.compile(
+    r"loss|nll|perplexity|ppl|err(or)?s?|mse|mae|rmse|wer|cer|fid|bpb|bpc|ece|brier", re.IGNORECASE
+)
+_HIGH = re.compile(
+    r"acc(uracy)?|acc\d|f1|f1score|auc|auroc|bleu|rouge\w*|iou|miou|map|top\d|recall|precision|r2|em"
+    r"|exact|match|score|reward|correct",
+    re.IGNORECASE,
+)
 
 
-def best_mode(name: str, mode: str | None = None) -> Mode:
-    """Return whether less or more of a metric is better.
+def best_mode(name: str, mode: Mode | None = None) -> Mode:
+    """Return whether a metric is best when small or when large.
 
-    Args:
-        name: Of the metric, such as ``eval_loss``; its words decide where ``mode`` does not.
-        mode: ``min`` or ``max``, if it was given.
+    By the words in its name (``eval_loss``, ``val/acc``) where ``mode`` does not say it.
 
     Raises:
-        UsageError: If the mode is another one, or the name does not tell.
+        UsageError: If neither tells.
     """
     if mode is not None:
-        for known in get_args(Mode):
-            if mode == known:
-                return known  # type: ignore[no-any-return]  # one of Mode's own values
-        raise UsageError(f"mode is '{mode}', expected min or max")
-    words: set[str] = set()
-    for word, number in (found for pattern in _WORDS for found in pattern.findall(name)):
-        lower = word.lower()
-        if number or lower not in _NUMBERED_ONLY:
-            words.add(lower)
-        words.update(inner for inner in _INSIDE if inner in lower)
-    is_negated = bool(words & _NEGATED)
-    if words & _MIN_WORDS and not is_negated:  # top1_error, f1_loss: the error of something
-        return "min"
-    if words & _MAX_WORDS and not is_negated:
-        return "max"
-    raise UsageError(
-        f"the name '{name}' does not tell whether less or more is better: pass --mode min or "
-        "--mode max"
-    )
+        if mode not in ("min", "max"):
+            raise UsageError(f"mode is '{mode}', expected min or max")
+        return mode
+    words = [word for word in re.split(r"[^a-zA-Z0-9]+|(?<=[a-z])(?=[A-Z])", name) if word]
+    low, high = any(map(_LOW.fullmatch, words)), any(map(_HIGH.fullmatch, words))
+    if low == high:
+        raise UsageError(
+            f"whether '{name}' is best when small or when large, its name does not tell; say it "
+            "with --mode min or --mode max"
+        )
+    return "min" if low else "max"
 
 
 def is_better(one: float, other: float, mode: Mode) -> bool:
-    """Tell whether a value is better than another; NaN never is, and any number beats it."""
-    if math.isnan(one):
-        return False
-    if math.isnan(other):
-        return True
+    """Tell whether a value is better than another; NaN is worse than everything else."""
+    if math.isnan(one) or math.isnan(other):
+        return math.isnan(other) and not math.isnan(one)
     return one < other if mode == "min" else one > other
 
 
-def known_metric(name: str, there: Iterable[str]) -> str:
-    """Return the name of a metric, if it is among those that are there.
+def chosen_metric(names: Iterable[str], metric: str | None) -> str:
+    """Return the metric that decides: the one asked for, or the only one there is.
 
     Raises:
-        SourceError: If it is not; the message lists those that are.
+        UsageError: If it is not there, or there are several and none was asked for.
     """
-    names = list(dict.fromkeys(there))
-    if name in names:
-        return name
-    if not names:
-        raise SourceError(f"no metric '{name}': no metrics are there")
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    raise SourceError(
-        f"no metric '{name}': there {'is' if len(names) == 1 else 'are'} "
-        f"{', '.join(names[:_MAX_LISTED])}{more}{hint}"
-    )
+    there = list(names)
+    if metric is None:
+        if len(there) == 1:
+            return there[0]
+        raise UsageError(f"which metric decides? Say it with --metric: {', '.join(there)}")
+    if metric in there:
+        return metric
+    close = difflib.get_close_matches(metric, there, n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    raise UsageError(f"there is no metric '{metric}', but {', '.join(there) or 'none'}{hint}")
+
+
+@dataclass
+class Judge:
+    """Compares models by one of their metrics, which the first of them settles.
+
+    Attributes:
+        metric: Its name; None until there is one, where it is the only one.
+        mode: Whether it is best when small or when large; None until its name has told.
+    """
+
+    metric: str | None = None
+    mode: Mode | None = None
+
+    def value(self, metrics: Mapping[str, float]) -> float:
+        """Return what decides.
+
+        Raises:
+            UsageError: If the metric is not there, is one of several, or has no direction.
+        """
+        self.metric = chosen_metric(metrics, self.metric)
+        self.mode = best_mode(self.metric, self.mode)
+        return metrics[self.metric]
+
+    def is_better(self, one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+        """Tell whether the first is really better."""
+        value, against = self.value(one), self.value(other)
+        return is_better(value, against, best_mode(self.metric or "", self.mode))
+
+    def best(self, all_of: Mapping[str, Mapping[str, float]]) -> str:
+        """Return the name of the best; of equals the first.
+
+        Raises:
+            UsageError: As ``value`` does.
+        """
+        names = iter(all_of)
+        best = next(names)
+        for name in names:
+            if self.is_better(all_of[name], all_of[best]):
+                best = name
+        return best
