@@ -26,7 +26,7 @@ def test_of_losses_and_errors_less_is_better(name: str) -> None:
     "name",
     [
         "accuracy", "eval_accuracy", "acc", "val_acc1", "acc@1", "f1", "eval_f1", "auc", "bleu",
-        "rougeL", "rouge2", "mIoU", "map", "top1", "eval_top5", "recall", "precision@5", "r2", "em",
+        "rougeL", "rouge2", "miou", "map", "top1", "eval_top5", "recall", "precision@5", "r2", "em",
         "score",
     ],
 )  # fmt: skip
