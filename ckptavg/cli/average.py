@@ -7,6 +7,7 @@ import click
 from ckptavg.cli.options import (
     Coefficients,
     machine_options,
+    metric_options,
     model_arguments,
     model_options,
     output_options,
@@ -37,6 +38,7 @@ Examples:
 @output_options
 @push_options
 @selection_options
+@metric_options
 @click.option(
     "--scheme",
     "schemes",
