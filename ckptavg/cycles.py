@@ -71,7 +71,7 @@ class Minima:
 
     Attributes:
         taken: The checkpoints at minima, oldest first.
-        missed: Minima that no checkpoint is near to.
+        missed: Minima between the first and the last checkpoint that none is near to.
         is_flat: Whether all rates are equal, so that every checkpoint is at the minimum.
         is_unfinished: Whether the last cycle is left out, its minimum being still to come.
         has_cycles: Whether the rate rises after it fell, or comes back to where it was low.
@@ -128,10 +128,10 @@ def cycle_minima(reading: Reading) -> Minima:
     taken, missed = [], []
     for before, turn, after in whole:
         found = _lowest_between(reading, before.position, turn.position, after.position)
-        if found is None:
-            missed.append(samples[turn.position])
-        else:
+        if found is not None:
             taken.append(found)
+        elif reading.used[0] <= samples[turn.position].when <= reading.used[-1]:
+            missed.append(samples[turn.position])
     return Minima(
         taken=tuple(taken),
         missed=tuple(missed),

@@ -91,8 +91,8 @@ class LogSelection:
             )
         if not minima.taken:
             raise SourceError(
-                f"no checkpoint was saved near a minimum of the learning rate ({told.source}): the "
-                f"first of {len(minima.missed)} is {_short(minima.missed[0].rate)}"
+                f"no checkpoint was saved near a minimum of the learning rate ({told.source}), "
+                f"which goes down to {_short(min(rates))}"
             )
         within = set(indices)
         taken = [one for one in minima.taken if one.checkpoint in within]

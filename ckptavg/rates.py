@@ -204,17 +204,16 @@ def _of_schedulers(
     told: Recorded | None = None if stepped is None else "next" if stepped else "used"
     counts = [state.last_epoch for state in states]
     schedule = schedule_of(states)
-    samples = (
-        [Sample(count, rate) for count, rate in zip(counts, rates, strict=True)]
-        if schedule is None
-        else [Sample(step, schedule(step)) for step in range(counts[-1] + 2)]
-    )
+    samples = [Sample(count, rate) for count, rate in zip(counts, rates, strict=True)]
     readings: list[Reading] = []
     for one in _ways(recorded or told):
+        used = [count - int(one == "next") for count in counts]
+        if schedule is not None:  # up to the rate after the last one used, to see it rise
+            samples = [Sample(step, schedule(step)) for step in range(used[-1] + 2)]
         readings += _either(
             Reading(
                 samples=samples,
-                used=[count - int(one == "next") for count in counts],
+                used=used,
                 recorded=one,
                 peak=states[-1].base_rate if states[-1].max_rate is None else None,
             )

@@ -3,9 +3,8 @@
 What is expected comes from the rates that the optimizer was stepped with, update by update.
 """
 
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -213,15 +212,167 @@ def test_the_minima_of_a_schedule_by_updates_are_found(
 
 
 @pytest.mark.parametrize("saves_first", ORDERS)
-@pytest.mark.parametrize("build", [restarts, triangular, cosine])
+@pytest.mark.parametrize("number", [from_zero, from_one])
 def test_checkpoints_of_the_end_of_each_cycle_are_all_taken(
-    tmp_path: Path, build: Build, saves_first: bool
+    tmp_path: Path, number: Callable[[int], dict[str, int]], saves_first: bool
 ) -> None:
-    loop = Loop(build=build, epochs=32, every=4, saves_first=saves_first, number=from_zero)
+    loop = Loop(build=restarts, epochs=32, every=4, saves_first=saves_first, number=number)
     loop.run(tmp_path / "run")
-    rates = {round(loop.used[n - 1], 6) for n in loop.saved}
-    if build is restarts:
-        assert len(rates) == 1  # what is on record after the step is the maximum of each cycle
-        assert taken(tmp_path / "run") == [f"save{n:03}.pt" for n in range(1, 9)]
-    else:  # its low end is the update after the save of each second one
-        assert taken(tmp_path / "run") == (loop.at_minima() or ["none"])
+    on_record = {
+        torch.load(path)["scheduler"]["_last_lr"][0] for path in (tmp_path / "run").iterdir()
+    }
+    assert on_record == {0.5} if not saves_first else on_record != {0.5}  # the highest, or not
+    assert taken(tmp_path / "run") == [f"save{n:03}.pt" for n in range(1, 9)]
+
+
+@pytest.mark.parametrize("saves_first", ORDERS)
+@pytest.mark.parametrize(
+    ("build", "every"),
+    [(restarts, 2), (triangular, 3), (growing_restarts, 3), (hard_restarts, 10)],
+)
+def test_minima_are_found_where_checkpoints_are_rare(
+    tmp_path: Path, build: Build, every: int, saves_first: bool
+) -> None:
+    loop = Loop(
+        build=build, epochs=168, per_epoch=False, every=every, saves_first=saves_first,
+        number=lambda done: {"global_step": done + 1},
+    )  # fmt: skip
+    loop.run(tmp_path / "run")
+    assert len(loop.at_minima()) > 2
+    assert taken(tmp_path / "run") == loop.at_minima()
+
+
+def test_without_a_scheduler_the_rates_on_record_are_those_used(tmp_path: Path) -> None:
+    loop = Loop(build=restarts, epochs=16, saves_first=True, scheduler_key="")
+    loop.run(tmp_path / "run")
+    assert taken(tmp_path / "run") == ["save004.pt", "save008.pt", "save012.pt", "save016.pt"]
+
+
+def fge_rate(update: int, length: int, high: float, low: float) -> float:
+    """Return Fast Geometric Ensembling's rate (Garipov et al. 2018, eq. 2), set by hand."""
+    part = ((update - 1) % length + 1) / length
+    if part <= 0.5:
+        return (1 - 2 * part) * high + 2 * part * low
+    return (2 - 2 * part) * low + (2 * part - 1) * high
+
+
+@pytest.mark.parametrize("n_saved", [3, 6, 7])
+def test_of_the_checkpoints_of_fge_every_second_one_is_taken(tmp_path: Path, n_saved: int) -> None:
+    (tmp_path / "run").mkdir()
+    optimizer = SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    low = []
+    for update in range(1, n_saved * 50 + 1):
+        optimizer.param_groups[0]["lr"] = fge_rate(update, 100, 0.05, 0.0005)
+        if update % 50 == 0:  # half a cycle
+            name = f"checkpoint-{update}.pt"
+            content = {"epoch": update // 50, "state_dict": {"w": torch.ones(1)}}
+            torch.save({**content, "optimizer": optimizer.state_dict()}, tmp_path / "run" / name)
+            low += [name] if update % 100 == 50 else []
+    assert len(low) > 1
+    assert taken(tmp_path / "run") == low
+
+
+def test_the_scheduler_is_found_under_other_names(tmp_path: Path) -> None:
+    for key in ("lr_scheduler", "scheduler_state_dict", "lr_scheduler_state_dict", "sched"):
+        loop = Loop(build=restarts, epochs=8, scheduler_key=key)
+        loop.run(tmp_path / key)
+        assert taken(tmp_path / key) == loop.at_minima() == ["save004.pt", "save008.pt"]
+
+
+def test_where_nothing_tells_which_rate_is_on_record_it_has_to_be_said(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    loops = {one: Loop(build=restarts, epochs=16, saves_first=one) for one in (True, False)}
+    for saves_first, loop in loops.items():
+        loop.number = from_zero if saves_first else from_one
+        loop.run(run)
+        for number in (1, 2):  # rotated away; epoch and count are the same from here on
+            (run / f"save{number:03}.pt").unlink()
+        expected = ["save004.pt", "save008.pt", "save012.pt", "save016.pt"]
+        assert loop.at_minima() == expected
+        with pytest.raises(
+            SourceError,
+            match=whole(
+                "nothing tells whether the learning rates on record (the checkpoints' schedulers) "
+                "are those of the update before a checkpoint (then the minima are at "
+                f"{'save004.pt, save008.pt, ... save016.pt' if saves_first else ''}"
+                f"{'' if saves_first else 'save003.pt, save007.pt, ... save015.pt'}) or of the "
+                "one after it ("
+                f"{'save005.pt, save009.pt, save013.pt' if saves_first else ''}"
+                f"{'' if saves_first else 'save004.pt, save008.pt, ... save016.pt'}): say it with "
+                "--lr-recorded used or --lr-recorded next"
+            ),
+        ):
+            taken(run)
+        assert taken(run, lr_recorded="used" if saves_first else "next") == expected
+
+
+def test_schedules_without_cycles_are_refused_with_a_way_out(tmp_path: Path) -> None:
+    schedules: dict[str, Build] = {
+        "decay": lambda optimizer: CosineAnnealingLR(optimizer, 8),
+        "stages": lambda optimizer: StepLR(optimizer, 3),
+        "one-cycle": lambda optimizer: OneCycleLR(optimizer, 0.5, total_steps=9),
+    }
+    for name, build in schedules.items():
+        Loop(build=build, epochs=8, number=from_one).run(tmp_path / name)
+        with pytest.raises(SourceError, match="without rising again .* --constant-lr, .* --last"):
+            taken(tmp_path / name)
+    Loop(build=lambda o: LambdaLR(o, lambda step: step + 1), number=from_one).run(tmp_path / "up")
+    with pytest.raises(
+        SourceError, match="the learning rate rises from 1 to 6.5 and never falls"
+    ):
+        taken(tmp_path / "up")
+
+
+def test_equal_rates_are_all_at_the_minimum(tmp_path: Path) -> None:
+    Loop(build=lambda o: StepLR(o, 99), epochs=3, saves_first=True, scheduler_key="").run(
+        tmp_path / "run"
+    )
+    assert taken(tmp_path / "run") == ["save001.pt", "save002.pt", "save003.pt"]
+    assert notes_of(tmp_path / "run") == [
+        "the learning rate is 0.5 at all 3 checkpoints (the checkpoints): each of them is taken to "
+        "be at the minimum"
+    ]
+
+
+def test_what_was_taken_and_left_out_is_told(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    Loop(build=restarts, epochs=14, number=from_one).run(run)
+    (run / "save008.pt").unlink()
+    assert notes_of(run) == [
+        "took 2 of 13 checkpoints (--at-lr-minima): save004.pt to save012.pt",
+        "at the minima of the learning rate (the checkpoints' schedulers): save004.pt (0.0817588), "
+        "save012.pt (0.0817588)",
+        "left out 1 of 3 cycles of the learning rate: no checkpoint was saved near their minimum",
+        "left out the last cycle of the learning rate: it is still falling at save014.pt",
+    ]
+
+
+def test_other_conditions_apply_to_the_minima(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    Loop(build=restarts, epochs=20, number=lambda n: {"global_step": n + 1}).run(run)
+    assert taken(run, last=2) == ["save016.pt", "save020.pt"]
+    assert taken(run, every=2) == ["save004.pt", "save012.pt", "save020.pt"]
+    assert taken(run, steps=(6, 17)) == ["save008.pt", "save012.pt", "save016.pt"]
+
+
+def test_a_run_saved_away_from_its_minima_is_refused(tmp_path: Path) -> None:
+    Loop(build=triangular, epochs=32, every=4, number=from_one).run(tmp_path / "run")
+    with pytest.raises(
+        SourceError,
+        match=whole(
+            "no checkpoint was saved near a minimum of the learning rate (the checkpoints' "
+            "schedulers), which goes down to 0.01"
+        ),
+    ):
+        taken(tmp_path / "run")
+
+
+def test_checkpoints_that_tell_no_rate_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for epoch in (1, 2):
+        torch.save({"model": {"w": torch.ones(1)}}, tmp_path / "run" / f"epoch-{epoch}.pt")
+    with pytest.raises(
+        SourceError,
+        match="epoch-1.pt: tells no learning rate; name a log that does, with its steps",
+    ):
+        taken(tmp_path / "run")
