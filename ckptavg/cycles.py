@@ -41,6 +41,7 @@ class Reading:
         peak: The rate that a restart jumps to, where that is known.
         is_stepwise: Whether the rate stays as it was from one sample to the next.
         is_gradual: Whether a rise to the peak, of which the samples do not tell it, is no restart.
+        is_by_update: Whether an index is an update, so that one past a minimum is as good as at it.
         may_begin_low: Whether the first sample may be a minimum that the descent to is not seen of.
     """
 
@@ -50,6 +51,7 @@ class Reading:
     peak: float | None = None
     is_stepwise: bool = False
     is_gradual: bool = False
+    is_by_update: bool = False
     may_begin_low: bool = False
 
     @cached_property
@@ -59,10 +61,17 @@ class Reading:
 
 
 class Minimum(NamedTuple):
-    """A checkpoint at the minimum of a cycle, by its number, and the rate it was trained with."""
+    """A checkpoint at the minimum of a cycle.
+
+    Attributes:
+        checkpoint: Its number.
+        rate: The one that its last update was made with, or the least that it is known to be under.
+        is_past: Whether it was saved one update after the minimum, by that of a restart.
+    """
 
     checkpoint: int
     rate: float
+    is_past: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +210,15 @@ def _lowest_between(reading: Reading, start: int, bottom: int, stop: int) -> Min
             found = Minimum(number, rate)
     lowest = samples[bottom].rate
     near = lowest + _NEAR * (max(samples[start].rate, samples[stop].rate) - lowest)
-    return found if found is not None and found.rate <= near else None
+    if found is not None and found.rate <= near:
+        return found
+    if reading.is_by_update and bottom < stop:
+        restart = samples[bottom + 1]
+        at = bisect_left(reading.used, restart.when)
+        is_there = at < len(reading.used) and reading.used[at] == restart.when
+        if is_there and _is_restart(reading, samples[bottom], restart, begin):
+            return Minimum(at, restart.rate, is_past=True)
+    return None
 
 
 def _rate_at(reading: Reading, index: int, begin: int, end: int) -> float | None:
@@ -218,11 +235,16 @@ def _rate_at(reading: Reading, index: int, begin: int, end: int) -> float | None
             return left.rate
         part = (index - left.when) / (right.when - left.when)
         return left.rate + part * (right.rate - left.rate)
-    peak = max(reading.highest, reading.peak or 0.0)
-    is_short = (right.when - left.when) * _RESTART_GAPS <= right.when - begin
-    if right.rate >= peak * (1 - _AT_PEAK) and (is_short or not reading.is_gradual):
+    if _is_restart(reading, left, right, begin):
         return left.rate  # the restart comes with the next update: until then it fell
     if reading.is_stepwise:
         return left.rate
     is_smooth = end - begin >= _MIN_SMOOTH_CYCLE
     return right.rate if right.when - index == 1 and is_smooth else None
+
+
+def _is_restart(reading: Reading, left: Sample, right: Sample, begin: int) -> bool:
+    """Tell whether the rate jumped to its peak with a sample; ``begin`` is of the peak before."""
+    peak = max(reading.highest, reading.peak or 0.0)
+    is_short = (right.when - left.when) * _RESTART_GAPS <= right.when - begin
+    return right.rate >= peak * (1 - _AT_PEAK) and (is_short or not reading.is_gradual)

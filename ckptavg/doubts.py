@@ -33,7 +33,12 @@ def _decay(taken: Sequence[Candidate]) -> list[str]:
     opened = [one.checkpoint for one in taken if one.checkpoint is not None]
     rates = [one.learning_rate for one in opened if one.learning_rate is not None]
     falls = all(later <= rate * (1 + 1e-9) for rate, later in pairwise(rates))
-    if len(rates) < 2 or not falls or rates[0] < _DECAY * rates[-1] or rates[0] == rates[-1]:
+    if (
+        len(rates) < 2
+        or not falls
+        or rates[0] < _DECAY * rates[-1] * (1 - 1e-9)
+        or rates[0] == rates[-1]
+    ):
         return []
     return [
         f"the learning rate falls from {rates[0]:.6g} to {rates[-1]:.6g} across these checkpoints: "

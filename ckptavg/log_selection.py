@@ -102,7 +102,11 @@ class LogSelection:
                 f"({told.source}): each of them is taken to be at the minimum"
             )
         else:
-            named = [f"{self._name(one.checkpoint)} ({_short(one.rate)})" for one in taken]
+            named = [
+                f"{self._name(one.checkpoint)} "
+                f"({'one update after it, ' if one.is_past else ''}{_short(one.rate)})"
+                for one in taken
+            ]
             self.notes.append(f"at the minima of the learning rate ({told.source}): {_some(named)}")
         if minima.missed:
             whole = len(minima.missed) + len(minima.taken)
@@ -240,9 +244,8 @@ class LogSelection:
             if there[index] not in by_position:
                 at = ", ".join(str(position) for position, _ in points[:4])
                 raise SourceError(
-                    f"{self._saved[index].label}: its {metric} is not known ({source} "
-                    f"{'tells it at ' + at if at else 'has none'}{', ...' if points[4:] else ''}); "
-                    "leave it out with --match or --steps"
+                    f"{self._saved[index].label}: its {metric} is not known (by {source} it is at "
+                    f"{at}{', ...' if points[4:] else ''}); leave it out with --match or --steps"
                 )
         return {index: by_position[there[index]] for index in indices}, source
 

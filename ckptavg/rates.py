@@ -114,7 +114,13 @@ def _of_log(
         is_each = all(b.when - a.when == 1 for a, b in pairwise(samples))
         for stepwise in (False,) if is_each else (False, True):
             readings += _either(
-                Reading(samples=samples, used=used, recorded=one, is_stepwise=stepwise)
+                Reading(
+                    samples=samples,
+                    used=used,
+                    recorded=one,
+                    is_stepwise=stepwise,
+                    is_by_update=not is_epoch,
+                )
             )
     return tuple(readings)
 
@@ -142,6 +148,7 @@ def _of_history(history: TrainingLog, saved: Sequence[Saved], recorded: Recorded
                 used=[step - 1 for step in steps],
                 recorded=one,
                 peak=bases[-1] if bases else None,
+                is_by_update=True,
             )
         )
     return Told(tuple(readings), history.label)

@@ -317,9 +317,7 @@ def test_schedules_without_cycles_are_refused_with_a_way_out(tmp_path: Path) -> 
         with pytest.raises(SourceError, match="without rising again .* --constant-lr, .* --last"):
             taken(tmp_path / name)
     Loop(build=lambda o: LambdaLR(o, lambda step: step + 1), number=from_one).run(tmp_path / "up")
-    with pytest.raises(
-        SourceError, match="the learning rate rises from 1 to 6.5 and never falls"
-    ):
+    with pytest.raises(SourceError, match="the learning rate rises from 1 to 6.5 and never falls"):
         taken(tmp_path / "up")
 
 
