@@ -276,8 +276,16 @@ def chosen_candidates(
     for one in by_age:
         if one.problem is not None:
             raise one.problem
+    runs = list(_by_run(by_age))
+    if len(runs) > 1 and not selection.is_by_metric_alone:
+        raise SourceError(
+            f"{selection} goes by the training of one run, and {runs[0].label} and "
+            f"{runs[1].label} are two: name one of them"
+        )
     saved = [Saved(one.name, one.label, *one.position, one.checkpoint) for one in by_age]
-    by_training = LogSelection(selection, saved, lambda: _history(by_age))
+    by_training = LogSelection(
+        selection, saved, lambda: None if len(runs) > 1 else _history(by_age)
+    )
     chosen = selection.chosen(steps, labels, by_training.narrow)
     return [by_age[index] for index in chosen], by_training.notes
 

@@ -206,6 +206,8 @@ def _of_schedulers(
         for one, state in zip(saved, states, strict=True)
     ]
     stepped = was_stepped(counted)
+    if any(not state.values.get("T_cur", 0.0).is_integer() for state in states):
+        stepped = False  # by parts of epochs: the rate on record is one of the epoch before
     if stepped is None and all(_is_of_transformers(one) for one in saved):
         stepped = True
     told: Recorded | None = None if stepped is None else "next" if stepped else "used"

@@ -111,6 +111,11 @@ class Selection:
         """Whether it goes by what a trainer recorded of the training."""
         return self.best is not None or any(given for _, given in self._stages())
 
+    @property
+    def is_by_metric_alone(self) -> bool:
+        """Whether what it goes by is told by each checkpoint itself, of whichever run."""
+        return self.log is None and not any(given for _, given in self._stages())
+
     def matches(self, name: str) -> bool:
         """Tell whether the name of a checkpoint is among those asked for."""
         return not self.match or any(fnmatchcase(name, pattern) for pattern in self.match)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from hostile import whole
-from hub_fixtures import ckptavg
+from hub_fixtures import REPO, ckptavg, upload
+from loopback_hub import LoopbackHub
 from run_fixtures import model_directory, torch_file
 
 import ckptavg as package
@@ -511,6 +512,20 @@ def test_runs_whose_steps_overlap_are_pointed_out() -> None:
     assert notes == []
 
 
+@pytest.mark.usefixtures("here")
+def test_cycles_are_those_of_one_run_and_metrics_are_each_checkpoints_own() -> None:
+    run_of([1, 2], val_loss=[3.0, 1.0])
+    run_of([3, 4], "other", val_loss=[2.0, 9.0])
+    for selection in (Selection(at_lr_minima=True), Selection(swad=True)):
+        with pytest.raises(
+            SourceError, match="goes by the training of one run, and run and other are two"
+        ):
+            open_sources(["run", "other"], selection=selection)
+    checkpoints, _ = open_sources(["run", "other"], selection=Selection(best=2, metric="val_loss"))
+    close_all(checkpoints)
+    assert [one.step for one in checkpoints] == [2, 3]
+
+
 # commands
 
 
@@ -557,3 +572,20 @@ def test_schedulers_that_are_odd_are_not_known(tmp_path: Path) -> None:
         checkpoint = package.open_checkpoint(path)
         assert checkpoint.scheduler is None
         checkpoint.close()
+
+
+def test_checkpoints_on_the_hub_are_selected_by_what_they_tell(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0)):
+        history = [{"step": step, "eval_loss": loss}]
+        state = json.dumps({"global_step": step, "log_history": history})
+        model_directory(f"all/run/checkpoint-{step}", step, trainer_state__json=state)
+    upload(hub, tmp_path / "all", "main")
+    checkpoints, notes = open_sources(
+        f"{REPO}@main/run", selection=Selection(best=2, metric="eval_loss")
+    )
+    close_all(checkpoints)
+    assert [one.step for one in checkpoints] == [20, 30]
+    assert notes[1].startswith("with the lowest eval_loss (the checkpoints): checkpoint-20 (1)")

@@ -248,6 +248,21 @@ def test_without_a_scheduler_the_rates_on_record_are_those_used(tmp_path: Path) 
     assert taken(tmp_path / "run") == ["save004.pt", "save008.pt", "save012.pt", "save016.pt"]
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_restarts_stepped_by_parts_of_epochs_are_found(tmp_path: Path, first: int) -> None:
+    (tmp_path / "run").mkdir()
+    optimizer = SGD([nn.Parameter(torch.ones(1))], lr=0.5)
+    scheduler = CosineAnnealingWarmRestarts(optimizer, 3)
+    for epoch in range(9):
+        for batch in range(10):
+            optimizer.step()
+            scheduler.step(epoch + batch / 10)
+        content = {"model": {"w": torch.ones(1)}, "optimizer": optimizer.state_dict()}
+        path = tmp_path / "run" / f"epoch-{epoch + first}.pt"
+        torch.save({**content, "scheduler": scheduler.state_dict(), "epoch": epoch + first}, path)
+    assert taken(tmp_path / "run") == [f"epoch-{epoch + first}.pt" for epoch in (2, 5, 8)]
+
+
 def fge_rate(update: int, length: int, high: float, low: float) -> float:
     """Return Fast Geometric Ensembling's rate (Garipov et al. 2018, eq. 2), set by hand."""
     part = ((update - 1) % length + 1) / length

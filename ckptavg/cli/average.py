@@ -26,6 +26,7 @@ from ckptavg.cli.user_code import load_bn_pass
 _EPILOG = """\b
 Examples:
   ckptavg average runs/exp7 --last 10 -o swa
+  ckptavg average runs/exp7 --at-lr-minima --log metrics.csv -o swa
   ckptavg average epoch-{17..36}.pt -o swa --model my_pkg:build --data my_pkg:batches
   ckptavg average 'EleutherAI/pythia-160m@step{140000..143000..1000}' -o swa --push me/swa
   ckptavg average 'step{1..24}' -o averages --scheme uniform:last=5 --scheme uniform:last=20
