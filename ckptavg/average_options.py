@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Self, TypedDict
 
+from ckptavg.cycles import Recorded
+from ckptavg.metrics import Mode
 from ckptavg.plan import AveragePlan
 from ckptavg.recipe import Accumulate, Buffers, OutputDType, Recipe
 from ckptavg.results import Progress
@@ -20,6 +23,13 @@ class AverageOptions(TypedDict, total=False):
     every: int | None
     steps: tuple[int | None, int | None] | None
     match: str | Sequence[str]
+    at_lr_minima: bool
+    constant_lr: bool
+    swad: bool
+    swad_tolerance: float | None
+    best: int | None
+    log: str | Path | None
+    lr_recorded: Recorded | None
     accumulate: Accumulate
     dtype: OutputDType
     buffers: Buffers
@@ -61,13 +71,28 @@ class Request:
     command: str | None
 
     @classmethod
-    def of(cls, schemes: Sequence[Scheme], options: Mapping[str, Any]) -> Self:
+    def of(
+        cls,
+        schemes: Sequence[Scheme],
+        options: Mapping[str, Any],
+        *,
+        metric: str | None = None,
+        mode: Mode | None = None,
+    ) -> Self:
         """Sort options.
+
+        Args:
+            schemes: What to average.
+            options: Those of ``AverageOptions``.
+            metric: What the evaluation is decided by; the selection goes by it, too.
+            mode: Likewise.
 
         Raises:
             UsageError: If a value makes no sense.
         """
         left = dict(options)
+        if left.get("best") is not None or left.get("swad"):
+            left |= {"metric": metric, "mode": mode}
         if "match" in left:
             match = left["match"]
             left["match"] = (match,) if isinstance(match, str) else tuple(match)

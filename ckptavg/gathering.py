@@ -2,18 +2,25 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from ckptavg.checkpoint import Checkpoint, open_checkpoint, open_hub_checkpoint
-from ckptavg.checkpoint.folder import Folder, LocalFolder
+from ckptavg.checkpoint.folder import Folder, LocalFolder, read_json
 from ckptavg.checkpoint.hub_folder import HubFolder, names_a_file
 from ckptavg.checkpoint.position import Position, position_from_name, training_order
+from ckptavg.doubts import doubts, duplicates
 from ckptavg.errors import CheckpointError, IncompleteCheckpointError, SourceError
+from ckptavg.log_selection import LogSelection
+from ckptavg.rates import Saved
 from ckptavg.runs import Candidate, Run, find_run, in_order, mixture, settle
 from ckptavg.selection import Selection
 from ckptavg.sources import HubAccess, SingleCheckpoint, Source, expand_sources, hub_reference
 from ckptavg.tensors import HubRevision
+from ckptavg.training_log import TrainingLog, json_rows, log_of_rows
+
+_TRAINER_STATE = "trainer_state.json"
 
 
 def open_sources(
@@ -60,7 +67,7 @@ def open_sources(
     except BaseException:
         close_all([one.checkpoint for one in candidates if one.checkpoint is not None])
         raise
-    return checkpoints, [*notes, *_duplicates(checkpoints)]
+    return checkpoints, [*notes, *duplicates(checkpoints)]
 
 
 def open_source(
@@ -135,10 +142,11 @@ def find_candidates(
     if not matching:
         raise SourceError(f"none of {len(found)} checkpoints is called so: {selection}")
     steps = [one.position.step for one in matching]
-    if any(not isinstance(one.source, HubRevision) for one in matching) or None in steps:
+    has_to_open = selection.uses_training or None in steps
+    if has_to_open or any(not isinstance(one.source, HubRevision) for one in matching):
         return Found(matching, len(found), is_chosen=False)
     _refuse_mixtures(matching)
-    kept = set(_chosen(matching, selection))
+    kept = set(chosen_candidates(matching, selection)[0])
     return Found([one for one in matching if one in kept], len(found), is_chosen=True)
 
 
@@ -231,7 +239,7 @@ def _taken(found: Found, selection: Selection) -> tuple[list[Candidate], list[st
             there.append(candidate)
         elif candidate.run in by_run:
             there += in_order([one for one in by_run.pop(candidate.run) if one.left_out is None])
-    kept = in_order(there) if found.is_chosen else _chosen(there, selection)
+    kept, why = (in_order(there), []) if found.is_chosen else chosen_candidates(there, selection)
     n_left_out = sum(one.left_out is not None for one in candidates)
     if len(kept) < found.n_checkpoints - n_left_out:
         names = kept[0].name if len(kept) == 1 else f"{kept[0].name} to {kept[-1].name}"
@@ -240,18 +248,68 @@ def _taken(found: Found, selection: Selection) -> tuple[list[Candidate], list[st
             f"{names}"
         )
     is_kept = set(kept)
-    return [one for one in there if one in is_kept], notes
+    taken = [one for one in there if one in is_kept]
+    return taken, [
+        *notes,
+        *why,
+        *doubts(kept, chosen_by_rate=selection.at_lr_minima or selection.constant_lr),
+    ]
 
 
-def _chosen(candidates: Sequence[Candidate], selection: Selection) -> list[Candidate]:
-    """Return those that a selection takes, oldest first."""
+def chosen_candidates(
+    candidates: Sequence[Candidate], selection: Selection
+) -> tuple[list[Candidate], list[str]]:
+    """Return those that a selection takes, oldest first, and why, one sentence each.
+
+    Raises:
+        SourceError: If there are too few, or what it goes by is not known.
+        UsageError: If it goes by a metric that is not there.
+    """
     steps = [one.position.step for one in candidates]
     if None in steps:
         by_age = in_order(candidates)
     else:  # of the same step in two runs: in the order typed
         by_age = sorted(candidates, key=lambda one: one.position.step or 0)
-    chosen = selection.chosen([one.position.step for one in by_age], [one.label for one in by_age])
-    return [by_age[index] for index in chosen]
+    steps, labels = [one.position.step for one in by_age], [one.label for one in by_age]
+    if not selection.uses_training:
+        return [by_age[index] for index in selection.chosen(steps, labels)], []
+    for one in by_age:
+        if one.problem is not None:
+            raise one.problem
+    runs = list(_by_run(by_age))
+    if len(runs) > 1 and not selection.is_by_metric_alone:
+        raise SourceError(
+            f"{selection} goes by the training of one run, and {runs[0].label} and "
+            f"{runs[1].label} are two: name one of them"
+        )
+    saved = [Saved(one.name, one.label, *one.position, one.checkpoint) for one in by_age]
+    by_training = LogSelection(
+        selection, saved, lambda: None if len(runs) > 1 else _history(by_age)
+    )
+    chosen = selection.chosen(steps, labels, by_training.narrow)
+    return [by_age[index] for index in chosen], by_training.notes
+
+
+def _history(by_age: Sequence[Candidate]) -> TrainingLog | None:
+    """Return what transformers' Trainer keeps beside the newest checkpoint, or in the run itself.
+
+    What is not as it should be is not known.
+    """
+    for one in reversed(by_age):
+        folder = None if one.checkpoint is None else one.checkpoint.folder
+        if folder is None:
+            continue
+        folders = [folder]
+        if one.run is not None and isinstance(folder, LocalFolder):
+            folders.append(LocalFolder(folder.path.parent, os.path.dirname(folder.label)))  # noqa: PTH120  # as typed
+        for where in folders:
+            with suppress(CheckpointError, SourceError):
+                state = read_json(where, _TRAINER_STATE) or {}
+                history = state.get("log_history")
+                if isinstance(history, list) and history:
+                    label = f"{where.label}/{_TRAINER_STATE}"
+                    return log_of_rows(json_rows(history, label), label)
+    return None
 
 
 def _refuse_mixtures(candidates: Sequence[Candidate]) -> None:
@@ -308,44 +366,3 @@ def close_all(checkpoints: Sequence[Checkpoint]) -> None:
     """Close the files of all checkpoints."""
     for checkpoint in checkpoints:
         checkpoint.close()
-
-
-def _duplicates(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """Say which checkpoints are the same, and which hold some of the same files."""
-    seen: dict[tuple[tuple[int, int] | str, ...], str] = {}
-    holders: dict[tuple[int, int] | str, str] = {}
-    notes, shared = [], list[tuple[str, str]]()
-    for checkpoint in checkpoints:
-        identity = tuple(file.identity for file in checkpoint.files)
-        if identity in seen:
-            notes.append(
-                f"{checkpoint.label} is the same checkpoint as {seen[identity]}: it counts twice"
-            )
-            continue
-        seen[identity] = checkpoint.label
-        others = {holders[one] for one in identity if one in holders}
-        shared += [(checkpoint.label, other) for other in sorted(others)]
-        holders |= dict.fromkeys(identity, checkpoint.label)
-    notes += _same_steps(checkpoints)
-    if shared:
-        one, other = shared[0]
-        more = f", as do {len(shared) - 1} more pairs" if len(shared) > 1 else ""
-        notes.append(f"{one} and {other} have weight files in common{more}: were they trained?")
-    return notes
-
-
-def _same_steps(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """Point out checkpoints of one step: copies, as Lightning's ``last.ckpt``, or other runs."""
-    first: dict[int, Checkpoint] = {}
-    notes = []
-    for checkpoint in checkpoints:
-        if checkpoint.step is None:
-            continue
-        other = first.setdefault(checkpoint.step, checkpoint)
-        files = [{file.identity for file in one.files} for one in (checkpoint, other)]
-        if other is not checkpoint and files[0] != files[1]:
-            notes.append(
-                f"{checkpoint.label} and {other.label} are both of step {checkpoint.step}: is one "
-                "a copy, or are these two runs?"
-            )
-    return notes if len(notes) < 2 else [notes[0], f"{len(notes) - 1} more share a step"]

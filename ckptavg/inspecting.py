@@ -1,7 +1,7 @@
 """What ``inspect`` finds: from the headers of one checkpoint, or of all in a run directory."""
 
 from ckptavg.checkpoint import Checkpoint
-from ckptavg.gathering import close_all, open_run
+from ckptavg.gathering import chosen_candidates, close_all, open_run
 from ckptavg.results import CheckpointInfo, RunCheckpoint, RunInfo
 from ckptavg.runs import Candidate, in_order, mixture
 from ckptavg.selection import Selection
@@ -46,10 +46,10 @@ def run_info(
     run, members = found
     try:
         shown = in_order([one for one in members if selection.matches(one.name)])
+        why: list[str] = []
         if selection.is_given:
             whole = [one for one in shown if one.left_out is None]
-            steps, labels = [one.position.step for one in whole], [one.label for one in whole]
-            shown = [whole[index] for index in selection.chosen(steps, labels)]
+            shown, why = chosen_candidates(whole, selection)
         problem = mixture(shown)
         return RunInfo(
             source=run.label,
@@ -57,6 +57,7 @@ def run_info(
             has_weights=run.has_weights,
             notes=(
                 *([problem] if problem else []),
+                *why,
                 *(f"{name}: its name says that it is not finished" for name in run.unfinished),
             ),
         )

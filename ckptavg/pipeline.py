@@ -12,10 +12,12 @@ from pathlib import Path
 
 from ckptavg._version import __version__
 from ckptavg.average import DEFAULT_MEMORY_BUDGET_BYTES
+from ckptavg.cycles import Recorded
 from ckptavg.errors import UsageError
 from ckptavg.gathering import find_run_of, open_source
 from ckptavg.hub import natural_order
 from ckptavg.inspecting import checkpoint_info, run_info
+from ckptavg.metrics import Mode
 from ckptavg.output import OutputDirectory
 from ckptavg.plan import AveragePlan
 from ckptavg.prepare import chosen_schemes
@@ -57,6 +59,15 @@ def average_checkpoints(
     every: int | None = None,
     steps: tuple[int | None, int | None] | None = None,
     match: str | Sequence[str] = (),
+    at_lr_minima: bool = False,
+    constant_lr: bool = False,
+    swad: bool = False,
+    swad_tolerance: float | None = None,
+    best: int | None = None,
+    metric: str | None = None,
+    mode: Mode | None = None,
+    log: str | Path | None = None,
+    lr_recorded: Recorded | None = None,
     schemes: str | Scheme | Sequence[str | Scheme] = (),
     coefficients: Sequence[float] | None = None,
     accumulate: Accumulate = "auto",
@@ -100,6 +111,17 @@ def average_checkpoints(
         every: Take every so-manyth, counted back from the newest.
         steps: Take those of these training steps, both ends included; None leaves an end open.
         match: Take those whose names match one of these patterns, such as ``checkpoint-*``.
+        at_lr_minima: Take those at the minimum of each cycle of the learning rate; see
+            ``Selection``, as for all that follow up to ``lr_recorded``.
+        constant_lr: Take the last stretch of those trained at one learning rate.
+        swad: Take those in SWAD's window of a validation loss.
+        swad_tolerance: By what part losses may exceed those at its beginning; None is 0.3.
+        best: Take so many with the best ``metric`` on record.
+        metric: What ``best`` and ``swad`` go by.
+        mode: Whether less (``min``) or more of it is better; None goes by its name.
+        log: File that tells learning rates and metrics; None is what the checkpoints tell.
+        lr_recorded: Whether rates on record are those ``used`` for a checkpoint, or of the
+            ``next`` update; None finds out.
         schemes: What to average, such as ``uniform:last=5``; see ``parse_schemes``, ``Scheme``.
             One pass over the checkpoints makes all averages. None given is the uniform mean.
         coefficients: Short for one scheme: one multiplier a checkpoint, in the order of the
@@ -144,6 +166,15 @@ def average_checkpoints(
         every=every,
         steps=steps,
         match=(match,) if isinstance(match, str) else tuple(match),
+        at_lr_minima=at_lr_minima,
+        constant_lr=constant_lr,
+        swad=swad,
+        swad_tolerance=swad_tolerance,
+        best=best,
+        metric=metric,
+        mode=mode,
+        log=log,
+        lr_recorded=lr_recorded,
     )
     recipe = Recipe(
         schemes=chosen_schemes(schemes, coefficients),

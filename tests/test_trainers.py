@@ -1,6 +1,8 @@
 """Checkpoints that trainers saved; runs in an environment where they are installed."""
 
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from trainers import truth
 from trainers.checks import assert_mean, averaged
 
 from ckptavg import CheckpointError, average_checkpoints, inspect_checkpoint
+from ckptavg.gathering import close_all, open_sources
+from ckptavg.selection import Selection
 
 MAKERS = {
     "transformers_runs": ("transformers", "accelerate", "peft"),
@@ -17,6 +21,7 @@ MAKERS = {
     "lightning_runs": ("lightning",),
     "timm_runs": ("timm",),
     "deepspeed_runs": ("deepspeed",),
+    "cycle_runs": ("transformers", "lightning", "timm"),
 }
 # run: maker, and the key that its weights stand under where it is not the usual one
 RUNS: dict[str, tuple[str, str | None]] = {
@@ -136,3 +141,58 @@ def test_an_adapter_is_averaged_to_the_mean_of_the_merged_weights(
     for name, value in merged.items():
         expected = float64_mean([weights[name] for weights in each])
         torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def ends_of_cycles(used: list[float], per_update: int) -> list[int]:
+    """Return after how many updates (or epochs) a rate had fallen, and rose next or was low."""
+    found = []
+    for at in range(1, len(used)):
+        others = [rate for rate in used[:at] if rate != used[at]]
+        is_end = used[at + 1] > used[at] if at + 1 < len(used) else used[at] < max(used) / 5
+        if others and others[-1] > used[at] and is_end:
+            assert (at + 1) % per_update == 0
+            found.append((at + 1) // per_update)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("run", "per_update", "logs"),
+    [
+        ("restarts", 1, ()),
+        ("lightning-step", 1, ("lightning-step-log/metrics.csv",)),
+        ("lightning-epoch", 1, ("lightning-epoch-log/metrics.csv",)),
+        ("timm-cycles", 4, ()),
+    ],
+)
+def test_the_ends_of_the_cycles_of_a_learning_rate_are_found(
+    made: dict[str, Path], run: str, per_update: int, logs: tuple[str, ...]
+) -> None:
+    runs = runs_of("cycle_runs", made)
+    used = json.loads((runs / f"{run}-used.json").read_text())
+    expected = ends_of_cycles(used, per_update)
+    assert len(expected) in (4, 5)  # of as many cycles
+    for log in (None, *(runs / name for name in logs)):
+        selection = Selection(at_lr_minima=True, log=log)
+        checkpoints, _ = open_sources(str(runs / run), selection=selection)
+        close_all(checkpoints)
+        found = [one.step if per_update == 1 else (one.epoch or 0) + 1 for one in checkpoints]
+        assert found == expected
+
+
+def test_older_versions_logged_the_learning_rate_of_the_next_update(
+    made: dict[str, Path], tmp_path: Path
+) -> None:
+    run = "restarts"
+    runs = runs_of("cycle_runs", made)
+    used = json.loads((runs / f"{run}-used.json").read_text())
+    shutil.copytree(runs / run, tmp_path / run)
+    for path in (tmp_path / run).glob("checkpoint-*/trainer_state.json"):
+        state = json.loads(path.read_text())
+        rows = [row for row in state["log_history"] if "learning_rate" in row]
+        assert [row["learning_rate"] for row in rows] == [used[row["step"] - 1] for row in rows]
+        for row in rows:
+            row["learning_rate"] = used[row["step"] % len(used)]
+        path.write_text(json.dumps(state))
+    checkpoints, _ = open_sources(str(tmp_path / run), selection=Selection(at_lr_minima=True))
+    close_all(checkpoints)
+    assert [one.step for one in checkpoints] == ends_of_cycles(used, 1)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from ckptavg.checkpoint.folder import Folder
+from ckptavg.checkpoint.scheduler_state import SchedulerState
 from ckptavg.tensors import FileStamp, HubRevision, Piece, TensorInfo
 
 READ_SCRATCH_BYTES = 2**20  # bound for what a reader may hold beside the caller's buffer
@@ -24,6 +25,9 @@ class Checkpoint(Protocol):
         epoch: Training epoch, likewise.
         learning_rate: What the trainer wrote of it; the first parameter group's, where several.
         metrics: What the trainer measured at this step, by name: ``eval_loss``, ...
+        scheduler: The state of the learning-rate scheduler, where it is saved with the weights.
+        n_updates: How often its optimizer was stepped, where there is a scheduler and Adam tells.
+        seed: Of the run, where its options are plain to read.
         notes: What a user should know about how this checkpoint was read, one sentence each.
         files: The files read, with what identifies their content.
         folder: The folder whose side files (config, tokenizer) belong to this checkpoint; None
@@ -43,6 +47,9 @@ class Checkpoint(Protocol):
     epoch: int | None
     learning_rate: float | None
     metrics: Mapping[str, float]
+    scheduler: SchedulerState | None
+    n_updates: int | None
+    seed: int | None
     notes: Sequence[str]
     files: Sequence[FileStamp]
     folder: Folder | None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.checkpoint.folder import Folder
 from ckptavg.checkpoint.protocol import READ_SCRATCH_BYTES
+from ckptavg.checkpoint.scheduler_state import SchedulerState
 from ckptavg.checkpoint.sharded import AnyPlace, Boxes, Place, Rows
 from ckptavg.checkpoint.strided import read_strided
 from ckptavg.tensors import FileStamp, HubRevision, Piece, TensorInfo
@@ -33,6 +34,9 @@ class StoredCheckpoint:
     epoch: int | None = None
     learning_rate: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    scheduler: SchedulerState | None = None
+    n_updates: int | None = None
+    seed: int | None = None
     notes: Sequence[str] = ()
     folder: Folder | None = None
     revision: HubRevision | None = None

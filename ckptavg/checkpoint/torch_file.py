@@ -10,6 +10,7 @@ import numpy as np
 
 from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.checkpoint.pickle_values import Pairs, Storage, TensorView, Unsupported
+from ckptavg.checkpoint.scheduler_state import scheduler_state
 from ckptavg.checkpoint.sharded import Place
 from ckptavg.checkpoint.state_dict import (
     EPOCH_KEYS,
@@ -22,7 +23,7 @@ from ckptavg.checkpoint.stored import StoredCheckpoint
 from ckptavg.checkpoint.strided import extent, is_row_major
 from ckptavg.checkpoint.torch_legacy import TorchLegacy
 from ckptavg.checkpoint.torch_zip import TorchZip
-from ckptavg.checkpoint.training_facts import learning_rate, metrics
+from ckptavg.checkpoint.training_facts import learning_rate, metrics, n_updates, seed
 from ckptavg.checkpoint.widened import widened
 from ckptavg.errors import CheckpointError
 from ckptavg.tensors import FLOAT64, TensorInfo
@@ -139,6 +140,12 @@ def add_training_facts(
     if checkpoint.learning_rate is None:
         checkpoint.learning_rate = learning_rate(root)
     checkpoint.metrics = {**metrics(root, read_scalar), **checkpoint.metrics}
+    if checkpoint.scheduler is None:
+        checkpoint.scheduler = scheduler_state(root)
+    if checkpoint.scheduler is not None and checkpoint.n_updates is None:
+        checkpoint.n_updates = n_updates(root, read_scalar)
+    if checkpoint.seed is None:
+        checkpoint.seed = seed(root)
 
 
 def place_view(file: ReadableFile, archive: TorchArchive, name: str, view: TensorView) -> Place:

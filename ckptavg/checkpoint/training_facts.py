@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ckptavg.checkpoint.pickle_values import Pairs, TensorView
+from ckptavg.checkpoint.pickle_values import Inert, Pairs, TensorView
 
 # of Lightning, which has a list of them; of timm and hand-written loops
 _OPTIMIZER_LISTS = ("optimizer_states",)
@@ -17,6 +17,8 @@ _METRICS = (
     "metric", "loss", "train_loss", "val_loss", "valid_loss", "eval_loss", "acc", "accuracy",
     "val_acc", "val_accuracy", "acc1", "best_acc", "best_acc1", "best_loss",
 )  # fmt: skip
+# where trainers and hand-written loops keep the options of a run
+_OPTIONS = ("args", "hyper_parameters", "hparams", "config", "cfg")
 _MODEL_CHECKPOINT = "ModelCheckpoint"  # Lightning's callback that decides what is kept
 _MAX_CALLBACKS = 16
 
@@ -25,15 +27,39 @@ ReadScalar = Callable[[TensorView], float | None]
 
 def learning_rate(root: Any) -> float | None:
     """Return the learning rate of the first parameter group of the first optimizer."""
-    if type(root) is not Pairs:
-        return None
-    optimizers = [_first(root.get(key)) for key in _OPTIMIZER_LISTS]
-    optimizers += [root.get(key) for key in _OPTIMIZERS]
-    for optimizer in optimizers:
-        group = _first(_entry(optimizer, "param_groups"))
-        rate = _number(_entry(group, "lr"))
+    for optimizer in _optimizers(root):
+        group = first(entry(optimizer, "param_groups"))
+        rate = number(entry(group, "lr"))
         if rate is not None:
             return rate
+    return None
+
+
+def n_updates(root: Any, read_scalar: ReadScalar) -> int | None:
+    """Return how often the first optimizer was stepped, as Adam counts it for each parameter.
+
+    0 also says that it holds nothing: no update was made, or it is plain SGD.
+    """
+    for optimizer in _optimizers(root):
+        state = entry(optimizer, "state")
+        if type(state) is not Pairs:
+            continue
+        if not state.items:
+            return 0
+        count = _value(entry(state.items[0][1], "step"), read_scalar)
+        return int(count) if count is not None and count == int(count) >= 0 else None
+    return None
+
+
+def seed(root: Any) -> int | None:
+    """Return the seed among the options of the run, where they are plain to read."""
+    for key in _OPTIONS:
+        options = root.get(key) if type(root) is Pairs else None
+        if type(options) is Inert:  # argparse.Namespace, as timm saves it
+            options = options.state
+        value = entry(options, "seed")
+        if type(value) is int and abs(value) < 2**63:
+            return value
     return None
 
 
@@ -47,13 +73,7 @@ def metrics(root: Any, read_scalar: ReadScalar) -> dict[str, float]:
     if type(root) is not Pairs:
         return {}
 
-    def value_of(value: Any) -> float | None:
-        if type(value) is not TensorView:
-            return _number(value)
-        is_scalar = value.shape in ((), (1,)) and value.dtype.kind == "float"
-        return _number(read_scalar(value)) if is_scalar else None
-
-    found = {name: value_of(root.get(name)) for name in _METRICS}
+    found = {name: _value(root.get(name), read_scalar) for name in _METRICS}
     callbacks = root.get("callbacks")
     states = [
         state
@@ -61,21 +81,38 @@ def metrics(root: Any, read_scalar: ReadScalar) -> dict[str, float]:
         if key.startswith(_MODEL_CHECKPOINT)
     ]
     for state in states[:_MAX_CALLBACKS]:
-        monitor = _entry(state, "monitor")
+        monitor = entry(state, "monitor")
         if type(monitor) is str and found.get(monitor) is None:
-            found[monitor] = value_of(_entry(state, "current_score"))
+            found[monitor] = _value(entry(state, "current_score"), read_scalar)
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _entry(value: Any, key: str) -> Any:
+def _optimizers(root: Any) -> list[Any]:
+    if type(root) is not Pairs:
+        return []
+    optimizers = [first(root.get(key)) for key in _OPTIMIZER_LISTS]
+    return optimizers + [root.get(key) for key in _OPTIMIZERS]
+
+
+def _value(value: Any, read_scalar: ReadScalar) -> float | None:
+    """Return a number, be it that of a tensor."""
+    if type(value) is not TensorView:
+        return number(value)
+    is_scalar = value.shape in ((), (1,)) and value.dtype.kind == "float"
+    return number(read_scalar(value)) if is_scalar else None
+
+
+def entry(value: Any, key: str) -> Any:
+    """Return what a mapping holds under a key; None if it is no mapping."""
     return value.get(key) if type(value) is Pairs else None
 
 
-def _first(value: Any) -> Any:
+def first(value: Any) -> Any:
+    """Return the first item of a list; None if it is none."""
     return value[0] if type(value) in (list, tuple) and value else None
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
     """Return a finite number as such; a huge integer and what is no number are None."""
     if type(value) not in (int, float):
         return None

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from ckptavg.checkpoint.folder import Folder
 from ckptavg.checkpoint.protocol import Checkpoint
+from ckptavg.checkpoint.scheduler_state import SchedulerState
 from ckptavg.tensors import FileStamp, HubRevision, Piece, TensorInfo
 
 
@@ -23,6 +24,9 @@ class WrappedCheckpoint:
         self.epoch: int | None = checkpoint.epoch
         self.learning_rate: float | None = checkpoint.learning_rate
         self.metrics: Mapping[str, float] = checkpoint.metrics
+        self.scheduler: SchedulerState | None = checkpoint.scheduler
+        self.n_updates: int | None = checkpoint.n_updates
+        self.seed: int | None = checkpoint.seed
         self.notes: Sequence[str] = checkpoint.notes
         self.files: Sequence[FileStamp] = checkpoint.files
         self.folder: Folder | None = checkpoint.folder

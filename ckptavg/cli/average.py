@@ -9,6 +9,7 @@ from ckptavg.cli.options import (
     averaging_arguments,
     averaging_options,
     machine_options,
+    metric_options,
     model_arguments,
     model_options,
     output_options,
@@ -29,6 +30,7 @@ from ckptavg.cli.user_code import load_bn_pass
 _EPILOG = """\b
 Examples:
   ckptavg average runs/exp7 --last 10 -o swa
+  ckptavg average runs/exp7 --at-lr-minima --log metrics.csv -o swa
   ckptavg average epoch-{17..36}.pt -o swa --model my_pkg:build --data my_pkg:batches
   ckptavg average 'EleutherAI/pythia-160m@step{140000..143000..1000}' -o swa --push me/swa
   ckptavg average 'step{1..24}' -o averages --scheme uniform:last=5..20..5 --scheme ema:decay=0.9
@@ -41,6 +43,7 @@ Examples:
 @output_options
 @push_options
 @selection_options
+@metric_options
 @scheme_options
 @click.option(
     "--coefficients",

@@ -15,6 +15,7 @@ from ckptavg.cli.listing import (
 from ckptavg.cli.options import (
     debug_option,
     json_option,
+    metric_options,
     selection_arguments,
     selection_options,
 )
@@ -37,6 +38,7 @@ Examples:
     "--state-key", metavar="KEY", help="Entry of torch files to look at, for example ema."
 )
 @selection_options
+@metric_options
 @json_option
 @debug_option
 def command(
@@ -46,8 +48,8 @@ def command(
 
     SOURCES are as for average. Of a run directory the checkpoints in it are listed, with step,
     metrics, learning rate and size, and whether they are complete; org/name alone lists the
-    revisions of a repository on the Hub. --last, --first, --every, --steps and --match are for
-    run directories.
+    revisions of a repository on the Hub. --last and the other options that select are for run
+    directories; a note says what was taken and why.
     """
     from ckptavg.pipeline import hub_revisions, inspect_checkpoint, inspect_run
     from ckptavg.selection import Selection

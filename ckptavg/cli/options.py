@@ -7,7 +7,9 @@ from typing import Any, TypeVar, get_args
 import click
 
 from ckptavg.bn_options import Amp, BnOptions, Estimator, TrainMode
+from ckptavg.cycles import Recorded
 from ckptavg.errors import UsageError
+from ckptavg.metrics import Mode
 from ckptavg.tensors import OutputFormat
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -159,6 +161,53 @@ selection_options = _combined(
         "--match", multiple=True, metavar="GLOB",
         help="Take those whose names match, for example 'checkpoint-*' (repeatable); "
         "applies first.",
+    ),
+    click.option(
+        "--at-lr-minima", is_flag=True,
+        help="Take those at the minimum of each cycle of the learning rate, as checkpoints, "
+        "trainer_state.json or --log tell it; applies after --steps.",
+    ),
+    click.option(
+        "--constant-lr", is_flag=True,
+        help="Take the last stretch of those trained at one constant learning rate, such as before "
+        "the decay of a warmup-stable-decay schedule; applies after --steps.",
+    ),
+    click.option(
+        "--swad", is_flag=True,
+        help="Take those in SWAD's window of a validation loss (--metric; default: the only loss "
+        "there is); applies after --steps.",
+    ),
+    click.option(
+        "--swad-tolerance", type=click.FloatRange(min=0), metavar="RATIO",
+        help="By what part losses may exceed those at the window's beginning, for example 0.2; "
+        "default: 0.3.",
+    ),
+    click.option(
+        "--best", type=_COUNT, metavar="N",
+        help="Take the N with the best --metric that was recorded, for example 5; applies before "
+        "--every.",
+    ),
+    click.option(
+        "--log", type=click.Path(), metavar="FILE",
+        help="Log that tells learning rates or metrics by step or epoch, for example metrics.csv: "
+        "CSV with a header, JSONL, trainer_state.json; default: what the checkpoints tell.",
+    ),
+    click.option(
+        "--lr-recorded", type=click.Choice(get_args(Recorded)),
+        help="Whether the learning rates on record are those of the update before (used) or after "
+        "(next) a checkpoint; default: found out, or asked for where it matters.",
+    ),
+)  # fmt: skip
+
+metric_options = _combined(
+    click.option(
+        "--metric", metavar="NAME",
+        help="What --best and --swad go by, for example eval_loss.",
+    ),
+    click.option(
+        "--mode", type=click.Choice(get_args(Mode)),
+        help="Whether less or more of it is better, for example min; default: by its name (loss, "
+        "accuracy, ...).",
     ),
 )  # fmt: skip
 
@@ -415,9 +464,15 @@ _MODEL_ARGUMENTS = (
 )  # fmt: skip
 
 
+_SELECTION_ARGUMENTS = (
+    "last", "first", "every", "steps", "match", "at_lr_minima", "constant_lr", "swad",
+    "swad_tolerance", "best", "log", "lr_recorded", "metric", "mode",
+)  # fmt: skip
+
+
 def selection_arguments(options: dict[str, Any]) -> dict[str, Any]:
-    """Take what ``selection_options`` gave out of a command's options."""
-    return {name: options.pop(name) for name in ("last", "first", "every", "steps", "match")}
+    """Take what ``selection_options`` and ``metric_options`` gave out of a command's options."""
+    return {name: options.pop(name) for name in _SELECTION_ARGUMENTS if name in options}
 
 
 def model_arguments(options: dict[str, Any]) -> dict[str, Any]:

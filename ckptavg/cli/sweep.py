@@ -87,11 +87,10 @@ def command(
     every single one, as they are and with a BatchNorm pass. OUT is the best average, with
     sweep.json and sweep.csv in it. Judge on validation data: what wins looks better than it is.
     """
+    from ckptavg.average_options import Request
     from ckptavg.prepare import chosen_schemes, prepared_average
     from ckptavg.processes import is_first_process, started_by_torchrun
-    from ckptavg.recipe import Recipe
     from ckptavg.search.sweep import check_sweep, sweep
-    from ckptavg.selection import Selection
 
     distributed = started_by_torchrun()
     is_first = is_first_process()
@@ -103,15 +102,14 @@ def command(
     selection, recipe = selection_arguments(options), averaging_arguments(options)
     arguments = pipeline_arguments(options)
     if dry_run:
+        request = Request.of(
+            chosen_schemes(schemes, None), {**selection, **recipe, **arguments},
+            metric=metric, mode=mode,  # type: ignore[arg-type]  # click knows the choices
+        )  # fmt: skip
         with (
             stdout_for_the_result(),
             prepared_average(
-                sources,
-                output,
-                Recipe(schemes=chosen_schemes(schemes, None), **recipe),
-                selection=Selection(**selection),
-                batchnorm=evaluation,
-                **arguments,
+                sources, output, request.recipe, batchnorm=evaluation, **request.preparing
             ) as prepared,
         ):
             pass  # deciding is all

@@ -86,7 +86,7 @@ def sweep(
     started = time.perf_counter()
     output = Path(output)
     evaluation = check_sweep(evaluation, schemes, keep, plot=plot)
-    request = Request.of(chosen_schemes(schemes, None), options)
+    request = Request.of(chosen_schemes(schemes, None), options, metric=metric, mode=mode)
     judge = Judge(metric, mode)
     with joined_processes(distributed=request.distributed) as processes, ExitStack() as stack:
         prepared = prepare_together(

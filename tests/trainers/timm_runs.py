@@ -54,9 +54,14 @@ class _Torchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
+def without_torchvision() -> None:
+    """Let timm be imported where torchvision is not installed."""
+    sys.meta_path.append(_Torchvision())
+
+
 def train(run: Path) -> None:
     """Train for six epochs, of which the best three are kept."""
-    sys.meta_path.append(_Torchvision())
+    without_torchvision()
     from timm.utils.checkpoint_saver import CheckpointSaver
     from timm.utils.model_ema import ModelEmaV3
 
