@@ -9,8 +9,9 @@ import glob
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 from time import monotonic
@@ -30,6 +31,8 @@ from ckptavg.directories import (
     sync_directory,
 )
 from ckptavg.errors import AfterPublishError, OutputError, ProcessEndedError
+from ckptavg.hashing import FileHash
+from ckptavg.hub.threads import in_parallel
 from ckptavg.journal import (
     JOURNAL_PREFIX,
     Journal,
@@ -169,6 +172,31 @@ class OutputDirectory:
             raise self._failed(self._writeback_error) from self._writeback_error
         for model in self.models:
             model.sync()
+
+    def sync_and_hash(self, n_threads: int) -> list[dict[str, FileHash]]:
+        """Return the hashes of each model's files, while the storage takes what was written.
+
+        Args:
+            n_threads: How many threads hash weight files.
+
+        Raises:
+            OutputError: If the storage refuses.
+        """
+        names = [
+            (number, name)
+            for number, model in enumerate(self.models)
+            for name in sorted(model.weight_filenames())
+        ]
+        tasks: list[Callable[[], FileHash | None]] = [
+            self.sync,
+            *(partial(self.models[number].hash_weights, name) for number, name in names),
+        ]
+        _, *hashes = in_parallel(lambda task: task(), tasks, n_threads + 1)
+        found = [dict(model.small_files) for model in self.models]
+        for (number, name), weights in zip(names, hashes, strict=True):
+            if weights is not None:
+                found[number][name] = weights
+        return found
 
     def end_journal(self) -> None:
         """Say that from here on files change which the journal calls finished: it is removed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,11 +24,12 @@ from ckptavg.plan import AveragePlan, check_format, plan_average
 from ckptavg.processes import Processes
 from ckptavg.provenance import earlier_provenance, last_averaged
 from ckptavg.recipe import Recipe
+from ckptavg.recorded_recipe import Asked
 from ckptavg.results import BnPass
 from ckptavg.schemes import Scheme, parse_scheme
 from ckptavg.selection import Selection
 from ckptavg.side_files import SideFile, find_side_files, inherited_front_matter
-from ckptavg.sources import HubAccess, Source
+from ckptavg.sources import HubAccess, SingleCheckpoint, Source
 from ckptavg.tensors import HubRevision, OutputFormat
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ class Prepared:
     state_key: str | None
     strip_prefixes: tuple[str, ...]
     keep_prefix: bool
+    asked: Asked
     notes: tuple[str, ...]
 
 
@@ -112,6 +115,7 @@ def prepared_average(
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}, expected at least 1")
     check_format(output_format, max_shard_bytes)
+    directory = os.path.realpath(os.curdir)
     hub = HubAccess(cache=cache, connections=n_threads)
     with _telling_what_was_fetched(hub):
         opened, notes = open_sources(sources, state_key=state_key, hub=hub, selection=selection)
@@ -193,6 +197,18 @@ def prepared_average(
             state_key=state_key,
             strip_prefixes=tuple(strip_prefixes),
             keep_prefix=keep_prefix,
+            asked=Asked(
+                command="recompute-bn" if _is_single(sources) else "average",
+                directory=directory,
+                n_processes=processes.size,
+                device=workspace.device,
+                state_key=state_key,
+                strip_prefixes=tuple(strip_prefixes),
+                keep_prefix=keep_prefix,
+                max_shard_bytes=max_shard_bytes,
+                include_code=include_code,
+                batchnorm=batchnorm,
+            ),
             hub=hub,
             derived_from=derived_from,
             inherited_cards=inherited_cards,
@@ -206,6 +222,13 @@ def prepared_average(
     finally:
         hub.cancel()
         close_all(opened)
+
+
+def _is_single(sources: Source | Sequence[Source]) -> bool:
+    """Tell whether one checkpoint was named as such, as ``recompute_bn`` does."""
+    return not isinstance(sources, (str, os.PathLike, HubRevision)) and any(
+        isinstance(one, SingleCheckpoint) for one in sources
+    )
 
 
 def _workspace(

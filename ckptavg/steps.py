@@ -21,6 +21,7 @@ from ckptavg.prepare import Prepared, prepared_average
 from ckptavg.processes import Processes
 from ckptavg.provenance import provenance
 from ckptavg.recipe import Recipe
+from ckptavg.recorded_recipe import recorded_recipe
 from ckptavg.results import BnPass, Progress
 from ckptavg.side_files import copy_side_files
 from ckptavg.sources import Source
@@ -191,14 +192,21 @@ def finish(
 ) -> None:
     """Add what belongs beside the weights, and publish."""
     plan = prepared.plan
-    for index, (one, model) in enumerate(zip(plan.outputs, directory.models, strict=True)):
-        outcome, files = outcomes[index], prepared.side_files[index]
+    for index, model in enumerate(directory.models):
         model.seal(prepared.workspace.n_threads)
         model.add_index()
         adapter, rewritten = plan.derived.adapter, dict[str, bytes]()
         if adapter is not None:
             rewritten[ADAPTER_CONFIG_NAME] = adapter.configs[index].encode()
-        copy_side_files(files, model, output_dtype=plan.changed_dtype, rewritten=rewritten)
+        copy_side_files(
+            prepared.side_files[index],
+            model,
+            output_dtype=plan.changed_dtype,
+            rewritten=rewritten,
+        )
+    hashes = directory.sync_and_hash(prepared.workspace.n_threads)
+    for index, (one, model) in enumerate(zip(plan.outputs, directory.models, strict=True)):
+        outcome, files = outcomes[index], prepared.side_files[index]
         report = averaged.adapters[index]
         model.add_file(
             PROVENANCE_NAME,
@@ -214,6 +222,8 @@ def finish(
                 adapter=None if report is None else asdict(report),
                 notes=notes,
                 side_files=[file.name for file in files],
+                hashes=hashes[index],
+                reproduce=recorded_recipe(plan, one, prepared.asked, directory.output / one.name),
                 derived_from=prepared.derived_from,
                 batchnorm=None if outcome is None else asdict(outcome.report),
                 metrics=None if outcome is None else outcome.metrics,

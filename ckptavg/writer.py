@@ -11,6 +11,7 @@ from typing import Protocol
 from ckptavg.blocks import Action, TensorPlan
 from ckptavg.checkpoint.files import open_descriptor
 from ckptavg.errors import OutputError
+from ckptavg.hashing import FileHash, hash_file, hash_of
 from ckptavg.plan import AveragePlan
 from ckptavg.torch_writer import TorchFile
 
@@ -61,6 +62,11 @@ class ModelWriter:
 
     Use: ``create`` or ``reopen``, any number of ``write`` calls from any thread, then ``patch``,
     ``seal`` and ``add_file``, ``sync``, ``close``.
+
+    Attributes:
+        directory: Where the files go.
+        descriptors: The open weight files.
+        small_files: What ``add_file`` wrote.
     """
 
     def __init__(
@@ -92,6 +98,7 @@ class ModelWriter:
             for shard, tensors in zip(plan.shards, by_shard, strict=True)
         ]
         self.descriptors: list[int] = []
+        self.small_files: dict[str, FileHash] = {}
 
     def create(self) -> None:
         """Make the weight files, with headers and room for the data.
@@ -188,6 +195,18 @@ class ModelWriter:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+        except OSError as error:
+            raise self._failed(error) from error
+        self.small_files[name] = hash_of(content)
+
+    def hash_weights(self, name: str) -> FileHash:
+        """Read a weight file that is sealed, and return its hash.
+
+        Raises:
+            OutputError: If it cannot be read.
+        """
+        try:
+            return hash_file(self.directory / name)
         except OSError as error:
             raise self._failed(error) from error
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptavg.errors import ModelError
+from ckptavg.recipe_file import argument_entry
 
 if TYPE_CHECKING:
     from ckptavg.results import BnPass
@@ -91,12 +92,27 @@ def load_bn_pass(
     elif data_arguments:
         raise click.UsageError(f"--data-arg: {data_name} is an iterable already, not a factory")
     return BnPass(
+        names=_names(
+            ("model", model_name, model_arguments),
+            ("data", data_name, data_arguments),
+            ("forward", forward_name, ()),
+            ("eval", eval_name, ()),
+        ),
         model=model,
         batches=batches,
         forward=_function(forward_name, "--forward"),
         evaluate=_function(eval_name, "--eval"),
         **options,
     )
+
+
+def _names(*given: tuple[str, str | None, Arguments]) -> dict[str, Any]:
+    """Return what was named, and with what arguments, as a recipe has it."""
+    names: dict[str, Any] = {}
+    for option, name, arguments in given:
+        if name is not None:
+            names |= {option: name, **argument_entry(f"{option}-arg", dict(arguments))}
+    return names
 
 
 def _model(name: str, arguments: Arguments) -> Any:
