@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         ProcessError,
         SourceError,
         UsageError,
+        VerificationError,
     )
     from ckptavg.model_zoo import ModelFromConfig, model_from
     from ckptavg.pipeline import (
@@ -37,9 +38,11 @@ if TYPE_CHECKING:
         inspect_run,
         push_model,
         recompute_bn,
+        verify_output,
     )
     from ckptavg.plan import AveragePlan, plan_average
     from ckptavg.recipe import Recipe
+    from ckptavg.rerun import ReproducedFile, TensorDifference
     from ckptavg.results import (
         AverageResult,
         BnPass,
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
     from ckptavg.schemes import Scheme, parse_scheme
     from ckptavg.selection import Selection
     from ckptavg.tensors import HubRevision, PushResult
+    from ckptavg.verify import VerifiedFile, VerifiedSource, VerifyResult
 
 # where each public name lives; imported when it is first used (PEP 562)
 _HOME = {
@@ -83,13 +87,19 @@ _HOME = {
     "ProcessError": "errors",
     "PushResult": "tensors",
     "Recipe": "recipe",
+    "ReproducedFile": "rerun",
     "RunCheckpoint": "results",
     "RunInfo": "results",
     "Scheme": "schemes",
     "Selection": "selection",
     "SourceError": "errors",
     "StageTimes": "results",
+    "TensorDifference": "rerun",
     "UsageError": "errors",
+    "VerificationError": "errors",
+    "VerifiedFile": "verify",
+    "VerifiedSource": "verify",
+    "VerifyResult": "verify",
     "average_checkpoints": "pipeline",
     "hub_revisions": "pipeline",
     "inspect_checkpoint": "pipeline",
@@ -101,6 +111,7 @@ _HOME = {
     "push_model": "pipeline",
     "recompute_bn": "pipeline",
     "recompute_bn_stats": "batchnorm",
+    "verify_output": "pipeline",
 }
 
 __all__ = [
@@ -131,13 +142,19 @@ __all__ = [
     "ProcessError",
     "PushResult",
     "Recipe",
+    "ReproducedFile",
     "RunCheckpoint",
     "RunInfo",
     "Scheme",
     "Selection",
     "SourceError",
     "StageTimes",
+    "TensorDifference",
     "UsageError",
+    "VerificationError",
+    "VerifiedFile",
+    "VerifiedSource",
+    "VerifyResult",
     "__version__",
     "average_checkpoints",
     "hub_revisions",
@@ -150,6 +167,7 @@ __all__ = [
     "push_model",
     "recompute_bn",
     "recompute_bn_stats",
+    "verify_output",
 ]
 
 

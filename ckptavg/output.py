@@ -13,11 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from threading import Event, Thread
-from time import monotonic
 from types import TracebackType
 from typing import Self
 
+from ckptavg.background import Background
 from ckptavg.blocks import Differing
 from ckptavg.destination import check_replaceable
 from ckptavg.directories import (
@@ -44,8 +43,6 @@ from ckptavg.writer import ModelWriter
 
 _PARTIAL_SUFFIX = re.compile(r"\.partial-[0-9a-f]{16}$")
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
-_WRITEBACK_SECONDS = 0.05
-_SYNC_SECONDS = 30.0  # how much work a failure of the machine may cost
 
 
 class OutputDirectory:
@@ -98,9 +95,7 @@ class OutputDirectory:
         self._overwrite = overwrite
         self._rank = rank
         self._journal: Journal | None = None
-        self._stop_writeback = Event()
-        self._writeback: Thread | None = None
-        self._writeback_error: OSError | None = None
+        self._background: Background | None = None
         # what holds the name of the partial directory, whatever bears it
         self._lock_path = self.partial.with_name(f"{self.partial.name}.lock")
         self._lock = -1
@@ -129,8 +124,9 @@ class OutputDirectory:
         except BaseException as error:
             self._leave_unpublished(error)
             raise
-        self._writeback = Thread(target=self._write_back, daemon=True)
-        self._writeback.start()
+        self._background = Background(
+            self.models, self.finished, self._journal, self.partial, hashes=self._rank == 0
+        )
         return self
 
     def __exit__(
@@ -154,8 +150,8 @@ class OutputDirectory:
         """
         self.finished[block] = differing
         try:
-            if self._writeback_error is not None:
-                raise self._writeback_error
+            if (failure := self._background_error()) is not None:
+                raise failure
             if self._journal is not None:
                 self._journal.record(block, differing)
         except OSError as error:
@@ -167,9 +163,9 @@ class OutputDirectory:
         Raises:
             OutputError: If the storage refuses, or refused before.
         """
-        self._end_writeback()
-        if self._writeback_error is not None:  # the system tells of it only once
-            raise self._failed(self._writeback_error) from self._writeback_error
+        self._end_background()
+        if (failure := self._background_error()) is not None:
+            raise self._failed(failure) from failure
         for model in self.models:
             model.sync()
 
@@ -182,20 +178,21 @@ class OutputDirectory:
         Raises:
             OutputError: If the storage refuses.
         """
-        names = [
-            (number, name)
-            for number, model in enumerate(self.models)
-            for name in sorted(model.weight_filenames())
-        ]
-        tasks: list[Callable[[], FileHash | None]] = [
-            self.sync,
-            *(partial(self.models[number].hash_weights, name) for number, name in names),
-        ]
-        _, *hashes = in_parallel(lambda task: task(), tasks, n_threads + 1)
         found = [dict(model.small_files) for model in self.models]
-        for (number, name), weights in zip(names, hashes, strict=True):
-            if weights is not None:
-                found[number][name] = weights
+
+        def hash_one(model: int, shard: int, name: str) -> None:
+            found[model][name] = self.models[model].hash_weights(shard)
+
+        self._end_background()
+        tasks: list[Callable[[], None]] = [
+            self.sync,
+            *(
+                partial(hash_one, number, shard, name)
+                for number, model in enumerate(self.models)
+                for shard, name in enumerate(model.weight_filenames())
+            ),
+        ]
+        in_parallel(lambda task: task(), tasks, n_threads + 1)
         return found
 
     def end_journal(self) -> None:
@@ -377,34 +374,17 @@ class OutputDirectory:
         )
         return True
 
-    def _write_back(self) -> None:
-        """Keep the storage busy while the average goes on, and vouch for what it holds."""
-        next_sync = monotonic() + _SYNC_SECONDS
-        while not self._stop_writeback.wait(_WRITEBACK_SECONDS):
-            for model in self.models:
-                model.start_writeback()
-            if monotonic() > next_sync and self._journal is not None:
-                try:
-                    self._journal.sync(
-                        descriptor for model in self.models for descriptor in model.descriptors
-                    )
-                except OSError as error:  # the next sync would not tell it again
-                    self._writeback_error = error
-                    with suppress(OSError):
-                        remove_journals(self.partial)
-                    return
-                next_sync = monotonic() + _SYNC_SECONDS
-
     # -- ending
 
-    def _end_writeback(self) -> None:
-        self._stop_writeback.set()
-        if self._writeback is not None:
-            self._writeback.join()
-            self._writeback = None
+    def _end_background(self) -> None:
+        if self._background is not None:
+            self._background.end()
+
+    def _background_error(self) -> OSError | None:
+        return None if self._background is None else self._background.error
 
     def _end_journal(self) -> None:
-        self._end_writeback()
+        self._end_background()
         if self._journal is not None:
             self._journal.close()
             self._journal = None

@@ -45,6 +45,7 @@ from ckptavg.steps import (
     report_notes,
 )
 from ckptavg.tensors import HubRevision, OutputFormat, PushResult
+from ckptavg.verify import verify_output as verify_output  # a command, too
 
 
 def average_checkpoints(

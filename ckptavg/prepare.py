@@ -24,12 +24,12 @@ from ckptavg.plan import AveragePlan, check_format, plan_average
 from ckptavg.processes import Processes
 from ckptavg.provenance import earlier_provenance, last_averaged
 from ckptavg.recipe import Recipe
-from ckptavg.recorded_recipe import Asked
+from ckptavg.recorded_recipe import Asked, command_for
 from ckptavg.results import BnPass
 from ckptavg.schemes import Scheme, parse_scheme
 from ckptavg.selection import Selection
 from ckptavg.side_files import SideFile, find_side_files, inherited_front_matter
-from ckptavg.sources import HubAccess, SingleCheckpoint, Source
+from ckptavg.sources import HubAccess, Source
 from ckptavg.tensors import HubRevision, OutputFormat
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def prepared_average(
             strip_prefixes=tuple(strip_prefixes),
             keep_prefix=keep_prefix,
             asked=Asked(
-                command="recompute-bn" if _is_single(sources) else "average",
+                command=command_for(sources),
                 directory=directory,
                 n_processes=processes.size,
                 device=workspace.device,
@@ -222,13 +222,6 @@ def prepared_average(
     finally:
         hub.cancel()
         close_all(opened)
-
-
-def _is_single(sources: Source | Sequence[Source]) -> bool:
-    """Tell whether one checkpoint was named as such, as ``recompute_bn`` does."""
-    return not isinstance(sources, (str, os.PathLike, HubRevision)) and any(
-        isinstance(one, SingleCheckpoint) for one in sources
-    )
 
 
 def _workspace(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,8 @@ from ckptavg.plan import AveragePlan, OutputPlan
 from ckptavg.recipe_file import RecipeTable, argument_entry
 from ckptavg.results import BnPass
 from ckptavg.schemes import Scheme
-from ckptavg.sources import hub_reference
+from ckptavg.sources import SingleCheckpoint, Source, hub_reference
+from ckptavg.tensors import HubRevision
 
 # options of a BN pass that are called otherwise on the command line
 _OPTION_NAMES = {"max_batches": "batches", "max_samples": "samples"}
@@ -122,6 +123,13 @@ def _is_absent(value: object) -> bool:
     return value is None or value is False or value == []  # a seed of 0 is there
 
 
+def command_for(sources: Source | Sequence[Source]) -> str:
+    """Return the command that makes an output of these sources again."""
+    several = [] if isinstance(sources, (str, Path, HubRevision)) else sources
+    is_single = any(isinstance(one, SingleCheckpoint) for one in several)  # of recompute_bn
+    return "recompute-bn" if is_single else "average"
+
+
 def scheme_text(scheme: Scheme) -> str:
     """Return a scheme as it is typed, label and coefficients included."""
     text = str(scheme)
@@ -181,17 +189,18 @@ def _name_of(thing: object) -> _Named | str:
     if isinstance(thing, ModelFromConfig):
         name, arguments = f"{thing.library}:{thing.name}", thing.arguments
     else:
+        called: object = thing
         if isinstance(thing, partial):
             if thing.args:
                 return "is a partial with positional arguments, which a recipe cannot express"
-            thing, arguments = thing.func, thing.keywords
-        module = getattr(thing, "__module__", None)
-        qualified = getattr(thing, "__qualname__", None)
+            called, arguments = thing.func, thing.keywords
+        module = getattr(called, "__module__", None)
+        qualified = getattr(called, "__qualname__", None)
         if not isinstance(module, str) or not isinstance(qualified, str):
-            return f"is a {type(thing).__name__} object, expected what can be imported by name"
+            return f"is a {type(called).__name__} object, expected what can be imported by name"
         if module == "__main__":
             return f"is {qualified} of the script that was run, expected that of a module"
-        if _found_by_name(module, qualified) is not thing:
+        if _found_by_name(module, qualified) is not called:
             what = "a lambda" if "<lambda>" in qualified else f"{module}:{qualified}"
             return f"is {what}, which cannot be imported by its name"
         name = f"{module}:{qualified}"

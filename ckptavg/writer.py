@@ -11,7 +11,7 @@ from typing import Protocol
 from ckptavg.blocks import Action, TensorPlan
 from ckptavg.checkpoint.files import open_descriptor
 from ckptavg.errors import OutputError
-from ckptavg.hashing import FileHash, hash_file, hash_of
+from ckptavg.hashing import FileHash, FollowingHash, Part, hash_of
 from ckptavg.plan import AveragePlan
 from ckptavg.torch_writer import TorchFile
 
@@ -67,6 +67,7 @@ class ModelWriter:
         directory: Where the files go.
         descriptors: The open weight files.
         small_files: What ``add_file`` wrote.
+        hashes: What hashes the weight files, in their order.
     """
 
     def __init__(
@@ -99,6 +100,10 @@ class ModelWriter:
         ]
         self.descriptors: list[int] = []
         self.small_files: dict[str, FileHash] = {}
+        self.hashes = [
+            FollowingHash(directory / shard.filename, self._parts_of(number))
+            for number, shard in enumerate(plan.shards)
+        ]
 
     def create(self) -> None:
         """Make the weight files, with headers and room for the data.
@@ -132,9 +137,9 @@ class ModelWriter:
                 return False
         return True
 
-    def weight_filenames(self) -> set[str]:
+    def weight_filenames(self) -> list[str]:
         """Return the names of the weight files."""
-        return {shard.filename for shard in self._plan.shards}
+        return [shard.filename for shard in self._plan.shards]
 
     def write(self, shard: int, offset: int, data: memoryview) -> None:
         """Write bytes at an offset in the data of one shard; from any thread, in any order.
@@ -156,6 +161,7 @@ class ModelWriter:
             if tensor.name == name or tensor.owner == name:
                 if len(data) != tensor.nbytes:
                     raise AssertionError("the caller gives the tensor's own dtype and shape")
+                self.hashes[tensor.shard].restart()
                 self.write(tensor.shard, tensor.offset, memoryview(data))
 
     def seal(self, n_threads: int) -> None:
@@ -199,14 +205,14 @@ class ModelWriter:
             raise self._failed(error) from error
         self.small_files[name] = hash_of(content)
 
-    def hash_weights(self, name: str) -> FileHash:
-        """Read a weight file that is sealed, and return its hash.
+    def hash_weights(self, shard: int) -> FileHash:
+        """Hash what is left of a weight file that is sealed, and return its hash.
 
         Raises:
             OutputError: If it cannot be read.
         """
         try:
-            return hash_file(self.directory / name)
+            return self.hashes[shard].finish()
         except OSError as error:
             raise self._failed(error) from error
 
@@ -226,6 +232,17 @@ class ModelWriter:
                 os.fsync(descriptor)
         except OSError as error:
             raise self._failed(error) from error
+
+    def _parts_of(self, shard: int) -> Iterator[Part]:
+        """Yield what of a weight file is there when; nothing where sealing changes it again."""
+        if self._plan.output_format == "torch":
+            return
+        for block in self._plan.blocks:
+            for at, offset in block.destinations:
+                if at == shard:
+                    nbytes = block.numel * block.output_dtype.itemsize
+                    for position, count in self._files[shard].places(offset, nbytes):
+                        yield Part(position, count, block.block)
 
     def close(self) -> None:
         """Close the weight files; closing twice is allowed."""

@@ -91,7 +91,7 @@ def recipe_arguments(
         UsageError: If a key is not known, or a value does not belong there.
     """
     options = options_of(command)
-    arguments, found = [], set[str]()
+    arguments, found = list[str](), set[str]()
     for section, table in recipe.items():
         if section not in SECTIONS:
             continue
@@ -219,7 +219,7 @@ def called_recipe(context: click.Context) -> RecipeTable:
     typed, _, _ = command.make_parser(context).parse_args(list(context.meta[TYPED]))
     defaults = command.make_context(command.name, [], resilient_parsing=True).params
     sections: dict[str, RecipeTable] = {}
-    sources: list[str] = []
+    sources: list[Any] = []
     for parameter in command.get_params(context):
         name = parameter.name or ""
         raw = typed.get(name)
