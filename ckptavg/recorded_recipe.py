@@ -110,11 +110,10 @@ def recorded_recipe(
     }
     for name, section in sections.items():
         given = {key: value for key, value in section.items() if not _is_absent(value)}
+        if name == "model" and asked.batchnorm is not None:  # what has no name is null
+            given = {"model": None, "data": None, **given}
         if given:
             told[name] = given
-    for key in ("model", "data"):
-        if asked.batchnorm is not None:
-            told["model"].setdefault(key, None)
     told = _without_tokens(told, obstacles)
     return {**told, "obstacles": obstacles}
 

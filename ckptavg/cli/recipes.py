@@ -66,7 +66,7 @@ def recipe_command(
     runnable = {
         name: one
         for name, one in commands.items()
-        if one is not None and "output" in options_of(one)
+        if one is not None and name != "run" and "output" in options_of(one)
     }
     name = recipe.get("command", DEFAULT_COMMAND)
     if name not in runnable:
@@ -127,7 +127,8 @@ def _option_of(
     if key in keys:
         return keys[key]
     if any(key in (name, plural(name)) for name in SECTIONS[section]):
-        raise UsageError(f"{where}: [{section}]: '{key}' is no option of {command.name}")
+        near = did_you_mean(key, keys)
+        raise UsageError(f"{where}: [{section}]: '{key}' is no option of {command.name}{near}")
     raise unknown_key(where, section, key, keys)
 
 
@@ -224,7 +225,7 @@ def called_recipe(context: click.Context) -> RecipeTable:
         name = parameter.name or ""
         raw = typed.get(name)
         if isinstance(parameter, click.Argument):
-            sources += [raw] if isinstance(raw, str) else raw
+            sources += [raw] if isinstance(raw, str) else raw or ()
         elif isinstance(parameter, click.Option) and name in typed:
             key = option_key(parameter)
             if key not in (*TALK, "help") and context.params[name] != defaults[name]:
