@@ -18,7 +18,7 @@ from ckptavg.plan import AveragePlan, OutputPlan
 from ckptavg.recipe_file import RecipeTable, argument_entry
 from ckptavg.results import BnPass
 from ckptavg.schemes import Scheme
-from ckptavg.sources import SingleCheckpoint, Source, hub_reference
+from ckptavg.sources import SingleCheckpoint, Source
 from ckptavg.tensors import HubRevision
 
 # options of a BN pass that are called otherwise on the command line
@@ -104,7 +104,7 @@ def recorded_recipe(
         "command": asked.command,
         "directory": os.path.relpath(asked.directory, os.path.realpath(published)),
         "sources": [
-            _pinned_source(label, None if hub is None else pinned_reference(hub))
+            label if hub is None else pinned_reference(hub)
             for label, hub in zip(plan.labels, plan.hubs, strict=True)
         ],
     }
@@ -135,14 +135,6 @@ def scheme_text(scheme: Scheme) -> str:
     if scheme.coefficients is not None:  # the shortest decimals that are these very numbers
         text = f"{scheme.name}:{','.join(map(repr, scheme.coefficients))}"
     return text if scheme.label is None else f"{scheme.label}={text}"
-
-
-def _pinned_source(label: str, pinned: str | None) -> str:
-    if pinned is not None:
-        return pinned
-    # what a Path named may look like a revision on the Hub when it is typed
-    is_local = hub_reference(label) is None
-    return label if is_local else os.path.join(os.curdir, label)  # noqa: PTH118 - stays as typed
 
 
 def _model_section(batchnorm: BnPass, command: str, obstacles: list[str]) -> RecipeTable:
