@@ -58,7 +58,8 @@ def recorded_recipe(
     It has the shape of a recipe file (see ``ckptavg.recipe_file``). All checkpoints of the run are
     its sources, oldest first, so that a scheme such as ``uniform:last=5`` means the same; those on
     the Hub are pinned to their commits. ``directory`` leads from the output to where the command
-    worked, so that both may be moved together. ``obstacles`` says what keeps it from being run.
+    worked, so that both may be moved together. ``torch_threads`` is how many threads a model ran
+    on: they change the order of sums. ``obstacles`` says what keeps the recipe from being run.
 
     Args:
         plan: What was done.
@@ -115,11 +116,19 @@ def recorded_recipe(
         if given:
             told[name] = given
     told = _without_tokens(told, obstacles)
-    return {**told, "obstacles": obstacles}
+    return {**told, "torch_threads": _torch_threads(asked), "obstacles": obstacles}
 
 
 def _is_absent(value: object) -> bool:
     return value is None or value is False or value == []  # a seed of 0 is there
+
+
+def _torch_threads(asked: Asked) -> int | None:
+    if asked.batchnorm is None:
+        return None
+    import torch  # the BatchNorm pass has imported it
+
+    return torch.get_num_threads()
 
 
 def command_for(sources: Source | Sequence[Source]) -> str:

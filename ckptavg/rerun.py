@@ -111,22 +111,27 @@ def run_again(
     with holder:
         file, again = Path(holder.name, "recipe.toml"), Path(holder.name, place.name)
         file.write_text(toml_text(kept), encoding="utf-8")
-        _run(file, again, output, shows_progress=shows_progress)
+        _run(file, again, output, recipe["torch_threads"], shows_progress=shows_progress)
         return tuple(_compared(name, place / name, again / name) for name in filenames)
 
 
-def _run(recipe: Path, again: Path, output: Path, *, shows_progress: bool) -> None:
+def _run(
+    recipe: Path, again: Path, output: Path, n_threads: int | None, *, shows_progress: bool
+) -> None:
     """Run a recipe as the command line does: the working directory and imports are its own."""
     # this very package, wherever it was imported from; not what lies in the current directory
     package = str(Path(__file__).parent.parent)
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    if n_threads is not None:
+        environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(int(n_threads)))
     words = [sys.executable, "-P", "-m", "ckptavg", "run", str(recipe), "-o", str(again)]
     done = subprocess.run(
         words if shows_progress else [*words, "--quiet"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=None if shows_progress else subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        env=environment,
         text=True,
         errors="replace",
         check=False,

@@ -68,6 +68,7 @@ def test_a_python_call_is_recorded_as_the_recipe_that_does_the_same(runs: Path) 
             "keep-prefix": True,
         },
         "output": {"output-format": "safetensors", "max-shard-size": 100, "no-code": True},
+        "torch_threads": None,
         "obstacles": [],
     }
 
@@ -104,7 +105,7 @@ def test_revisions_are_pinned_to_their_commits(
 ) -> None:
     average_checkpoints([f"{REPO}@step1", f"{REPO}@step10"], tmp_path / "out")
     assert recorded(tmp_path / "out")["sources"] == [
-        f"hf://{REPO}@{hub.branches(REPO)[branch]}" for branch in ("step1", "step10")
+        f"hf://{REPO}@{name}:{hub.branches(REPO)[name]}" for name in ("step1", "step10")
     ]
 
 
@@ -138,6 +139,7 @@ def test_functions_classes_and_partials_are_recorded_by_name(runs: Path) -> None
     )
     told = recorded("out")
     assert told["obstacles"] == []
+    assert told["torch_threads"] == torch.get_num_threads()
     assert told["machine"] == {"device": "cpu"}
     assert told["model"] == {
         "model": "verify_fixtures:Net",
