@@ -38,7 +38,6 @@ if TYPE_CHECKING:
         inspect_run,
         push_model,
         recompute_bn,
-        verify_output,
     )
     from ckptavg.plan import AveragePlan, plan_average
     from ckptavg.recipe import Recipe
@@ -56,7 +55,7 @@ if TYPE_CHECKING:
     from ckptavg.schemes import Scheme, parse_scheme
     from ckptavg.selection import Selection
     from ckptavg.tensors import HubRevision, PushResult
-    from ckptavg.verify import VerifiedFile, VerifiedSource, VerifyResult
+    from ckptavg.verify import VerifiedFile, VerifiedSource, VerifyResult, verify_output
 
 # where each public name lives; imported when it is first used (PEP 562)
 _HOME = {
@@ -111,7 +110,7 @@ _HOME = {
     "push_model": "pipeline",
     "recompute_bn": "pipeline",
     "recompute_bn_stats": "batchnorm",
-    "verify_output": "pipeline",
+    "verify_output": "verify",
 }
 
 __all__ = [

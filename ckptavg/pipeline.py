@@ -1,6 +1,8 @@
 """The whole tool on one screen: one function a command.
 
 sources -> checkpoints (headers only) -> plan -> average -> writer -> [BatchNorm pass] -> publish
+
+``ckptavg.verify`` stands beside it: it looks at what was published.
 """
 
 from __future__ import annotations
@@ -45,7 +47,6 @@ from ckptavg.steps import (
     report_notes,
 )
 from ckptavg.tensors import HubRevision, OutputFormat, PushResult
-from ckptavg.verify import verify_output as verify_output  # a command, too
 
 
 def average_checkpoints(

@@ -11,7 +11,6 @@
 """
 
 import difflib
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +62,8 @@ def read_recipe(path: Path) -> RecipeTable:
     Raises:
         UsageError: If it cannot be read, is not TOML, or holds something else.
     """
+    import tomllib  # not where recipes are only written down
+
     try:
         told = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -194,7 +194,7 @@ HERE = "test_recorded_recipe"
          "batches is a list object, expected what can be imported by name"),
         ({"forward": lambda model, batch: model(batch)},
          "forward is a lambda, which cannot be imported by its name"),
-        ({"batches": partial(verify_fixtures.batches, count=Path("x"))},
+        ({"batches": partial(verify_fixtures.batches, count=Path("x"))},  # type: ignore[arg-type]  # on purpose
          "batches is verify_fixtures:batches with arguments that a recipe cannot express"),
     ],
 )  # fmt: skip

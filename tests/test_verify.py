@@ -21,7 +21,7 @@ from loopback_hub.faults import Fault
 from safetensors.torch import save_file
 
 from ckptavg import BnPass, UsageError, VerificationError, average_checkpoints, verify_output
-from ckptavg import verify as verify_module
+from ckptavg._version import __version__
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-SHARDED = {"max_shard_bytes": 64}
+SHARDED: dict[str, Any] = {"max_shard_bytes": 64}
 
 
 def averaged(name: str = "out", **options: Any) -> Path:
@@ -84,6 +84,11 @@ def append(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"x")
 
 
+def instead(path: Path, make: Callable[[Path], None]) -> None:
+    path.unlink()
+    make(path)
+
+
 EDITS: dict[str, tuple[Callable[[Path], object], str]] = {
     "one bit of the data": (
         lambda out: flip(out / "model-00001-of-00003.safetensors", -1),
@@ -114,11 +119,11 @@ EDITS: dict[str, tuple[Callable[[Path], object], str]] = {
         "config.json has other content in its {nbytes} bytes",
     ),
     "a directory instead": (
-        lambda out: ((out / "config.json").unlink(), (out / "config.json").mkdir()),
+        lambda out: instead(out / "config.json", Path.mkdir),
         "config.json has ",
     ),
     "a pipe instead": (
-        lambda out: ((out / "config.json").unlink(), os.mkfifo(out / "config.json")),
+        lambda out: instead(out / "config.json", os.mkfifo),
         "config.json has 0 bytes, not the {nbytes} that were written",
     ),
 }  # fmt: skip
@@ -173,7 +178,7 @@ def test_a_provenance_that_contradicts_the_weights_is_found(runs: Path) -> None:
          "ckptavg.json says scheme uniform:last=2, the header of model.safetensors uniform"),
         ("ckptavg_version", "0.0.1",
          f"ckptavg.json says version 0.0.1, the header of model.safetensors "
-         f"{verify_module.__version__}"),
+         f"{__version__}"),
     ):  # fmt: skip
         output = averaged(f"out-{key}")
         edit_provenance(output, lambda told, key=key, value=value: told.update({key: value}))  # type: ignore[misc]
@@ -192,7 +197,7 @@ def test_what_cannot_be_verified_fails_in_one_line(
     Path("broken").mkdir()
     Path("broken/ckptavg.json").write_text("{")
     edit_provenance(averaged("older"), lambda told: told.pop("reproduce"))
-    version = verify_module.__version__
+    version = __version__
     for name, message in (
         ("out", f"out: was written by ckptavg {version}, which recorded no hashes: it cannot be "
                 "verified"),
@@ -472,9 +477,7 @@ def test_another_version_is_a_note(runs: Path) -> None:
     edit_provenance(output, lambda told: told.update(ckptavg_version="0.0.1"))
     result = verify_output(output, reproduce=True)
     assert result.ok
-    assert result.notes == (
-        f"it was written by ckptavg 0.0.1, this is {verify_module.__version__}",
-    )
+    assert result.notes == (f"it was written by ckptavg 0.0.1, this is {__version__}",)
 
 
 def test_a_recipe_that_fails_is_told_in_one_line_and_leaves_nothing(
