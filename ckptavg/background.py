@@ -37,7 +37,7 @@ class Background:
             finished: The blocks that are, which others add to.
             journal: Where synced blocks are noted.
             partial: The directory of the journals.
-            hashes: Whether this process is the one that will publish the hashes.
+            hashes: Whether to hash, too.
         """
         self.error: OSError | None = None
         self._models = models
@@ -76,8 +76,7 @@ class Background:
     def _hash_along(self) -> None:
         while not self._is_over.wait(_PAUSE_SECONDS):
             for model in self._models:
-                for one in model.hashes:
-                    try:
-                        one.follow(self._finished, self._is_over.is_set)
-                    except OSError:  # it shows again at the end, where it can be told
-                        return
+                try:
+                    model.hash_along(self._finished, self._is_over.is_set)
+                except OSError:  # it shows again at the end, where it can be told
+                    return

@@ -38,7 +38,7 @@ def hash_file(path: Path) -> FileHash:
     Raises:
         OSError: If it cannot be read.
     """
-    return FollowingHash(path).finish()
+    return FollowingHash().finish(path)
 
 
 class FollowingHash:
@@ -48,14 +48,12 @@ class FollowingHash:
     for the storage: little is left to do at the end. One call at a time.
     """
 
-    def __init__(self, path: Path, parts: Iterable[Part] = ()) -> None:
+    def __init__(self, parts: Iterable[Part] = ()) -> None:
         """Read nothing yet.
 
         Args:
-            path: The file.
             parts: What will be written, and when it is there; in any order, gaps are allowed.
         """
-        self._path = path
         self._parts = sorted(parts)
         self.restart()
 
@@ -66,10 +64,11 @@ class FollowingHash:
         self._waiting = deque(self._parts)
         self._whole_nbytes = self._waiting[0].offset if self._waiting else 0  # the header
 
-    def follow(self, finished: Container[int], is_over: Callable[[], bool]) -> None:
+    def follow(self, path: Path, finished: Container[int], is_over: Callable[[], bool]) -> None:
         """Hash what has become whole since the last call, unless it is over meanwhile.
 
         Args:
+            path: Where the file is at this moment.
             finished: The finished blocks.
             is_over: Tells when to return soon; what is left is done by ``finish``.
 
@@ -83,20 +82,20 @@ class FollowingHash:
             self._whole_nbytes += nbytes
             self._waiting.popleft()
         if self._position < self._whole_nbytes:
-            self._read(self._whole_nbytes, is_over)
+            self._read(path, self._whole_nbytes, is_over)
 
-    def finish(self) -> FileHash:
+    def finish(self, path: Path) -> FileHash:
         """Hash the rest of the file, which is whole now, and return the hash of all of it.
 
         Raises:
             OSError: If it cannot be read.
         """
-        self._read(None, lambda: False)
+        self._read(path, None, lambda: False)
         return FileHash(self._position, self._hash.hexdigest())
 
-    def _read(self, end: int | None, is_over: Callable[[], bool]) -> None:
+    def _read(self, path: Path, end: int | None, is_over: Callable[[], bool]) -> None:
         # O_NONBLOCK: a FIFO in the place of a file must not wait for a writer
-        descriptor = open_descriptor(self._path, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = open_descriptor(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             buffer = memoryview(bytearray(_BUFFER_NBYTES))
             while not is_over() and (end is None or self._position < end):

@@ -67,6 +67,7 @@ class OutputDirectory:
         metadata: Sequence[Mapping[str, str]],
         overwrite: bool,
         rank: int = 0,
+        hash_along: bool = True,
     ) -> None:
         """Prepare to write; nothing is created before the context is entered.
 
@@ -76,6 +77,8 @@ class OutputDirectory:
             metadata: String map for the weight files' headers, one an output of the plan.
             overwrite: Whether an existing output is replaced.
             rank: Number of this process among those that write the output.
+            hash_along: Whether what is written is what will be published, so that hashing it
+                meanwhile saves time.
         """
         # the directory itself, not a link to it, is what gets replaced
         self.output = Path(
@@ -94,6 +97,7 @@ class OutputDirectory:
         self._is_streamed = plan.is_streamed
         self._overwrite = overwrite
         self._rank = rank
+        self._hash_along = hash_along and rank == 0
         self._journal: Journal | None = None
         self._background: Background | None = None
         # what holds the name of the partial directory, whatever bears it
@@ -125,7 +129,7 @@ class OutputDirectory:
             self._leave_unpublished(error)
             raise
         self._background = Background(
-            self.models, self.finished, self._journal, self.partial, hashes=self._rank == 0
+            self.models, self.finished, self._journal, self.partial, hashes=self._hash_along
         )
         return self
 

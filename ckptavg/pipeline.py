@@ -177,6 +177,7 @@ def average_checkpoints(
             metadata=[weight_file_metadata(plan, one, __version__) for one in plan.outputs],
             overwrite=overwrite,
             rank=processes.rank,
+            hash_along=batchnorm is None,  # which changes what was written
         )
         before = enter_together(processes, stack, directory)
         averaging = time.perf_counter()

@@ -4,7 +4,7 @@ import ctypes
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -67,7 +67,6 @@ class ModelWriter:
         directory: Where the files go.
         descriptors: The open weight files.
         small_files: What ``add_file`` wrote.
-        hashes: What hashes the weight files, in their order.
     """
 
     def __init__(
@@ -100,10 +99,7 @@ class ModelWriter:
         ]
         self.descriptors: list[int] = []
         self.small_files: dict[str, FileHash] = {}
-        self.hashes = [
-            FollowingHash(directory / shard.filename, self._parts_of(number))
-            for number, shard in enumerate(plan.shards)
-        ]
+        self._hashes = [FollowingHash(self._parts_of(one)) for one in range(len(plan.shards))]
 
     def create(self) -> None:
         """Make the weight files, with headers and room for the data.
@@ -161,7 +157,7 @@ class ModelWriter:
             if tensor.name == name or tensor.owner == name:
                 if len(data) != tensor.nbytes:
                     raise AssertionError("the caller gives the tensor's own dtype and shape")
-                self.hashes[tensor.shard].restart()
+                self._hashes[tensor.shard].restart()
                 self.write(tensor.shard, tensor.offset, memoryview(data))
 
     def seal(self, n_threads: int) -> None:
@@ -205,6 +201,11 @@ class ModelWriter:
             raise self._failed(error) from error
         self.small_files[name] = hash_of(content)
 
+    def hash_along(self, finished: Container[int], is_over: Callable[[], bool]) -> None:
+        """Hash what has become whole of the weight files; see ``FollowingHash.follow``."""
+        for shard, one in zip(self._plan.shards, self._hashes, strict=True):
+            one.follow(self.directory / shard.filename, finished, is_over)
+
     def hash_weights(self, shard: int) -> FileHash:
         """Hash what is left of a weight file that is sealed, and return its hash.
 
@@ -212,7 +213,7 @@ class ModelWriter:
             OutputError: If it cannot be read.
         """
         try:
-            return self.hashes[shard].finish()
+            return self._hashes[shard].finish(self.directory / self._plan.shards[shard].filename)
         except OSError as error:
             raise self._failed(error) from error
 

@@ -32,39 +32,39 @@ def test_a_file_is_hashed_whole(path: Path) -> None:
 
 
 def test_only_what_is_finished_is_read(path: Path) -> None:
-    hashed = FollowingHash(path, PARTS)
-    hashed.follow({1, 2}, never)  # the first block is not there yet
+    hashed = FollowingHash(PARTS)
+    hashed.follow(path, {1, 2}, never)  # the first block is not there yet
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"a", b"A"))
-    hashed.follow({0, 2}, never)
+    hashed.follow(path, {0, 2}, never)
     path.write_bytes(path.read_bytes().replace(b"b", b"B"))
-    hashed.follow({0, 1, 2}, never)
+    hashed.follow(path, {0, 1, 2}, never)
     path.write_bytes(path.read_bytes().replace(b"-", b"+"))  # no block covers it
-    assert hashed.finish() == hash_of(path.read_bytes())
+    assert hashed.finish(path) == hash_of(path.read_bytes())
 
 
 def test_what_was_hashed_is_not_read_again(path: Path) -> None:
     before = hash_of(path.read_bytes())
-    hashed = FollowingHash(path, PARTS)
-    hashed.follow({0, 1}, never)
+    hashed = FollowingHash(PARTS)
+    hashed.follow(path, {0, 1}, never)
     path.write_bytes(path.read_bytes().replace(b"a", b"A"))
-    assert hashed.finish() == before
+    assert hashed.finish(path) == before
 
 
 def test_a_restart_reads_all_of_it_again(path: Path) -> None:
-    hashed = FollowingHash(path, PARTS)
-    hashed.follow({0, 1}, never)
+    hashed = FollowingHash(PARTS)
+    hashed.follow(path, {0, 1}, never)
     path.write_bytes(path.read_bytes().replace(b"a", b"A"))
     hashed.restart()
-    hashed.follow({0}, never)
-    assert hashed.finish() == hash_of(path.read_bytes())
+    hashed.follow(path, {0}, never)
+    assert hashed.finish(path) == hash_of(path.read_bytes())
 
 
 def test_following_ends_when_told_and_the_rest_is_hashed_at_the_end(path: Path) -> None:
     answers = iter([False, True])
-    hashed = FollowingHash(path, PARTS)
-    hashed.follow({0, 1, 2}, lambda: next(answers))
-    assert hashed.finish() == hash_of(path.read_bytes())
+    hashed = FollowingHash(PARTS)
+    hashed.follow(path, {0, 1, 2}, lambda: next(answers))
+    assert hashed.finish(path) == hash_of(path.read_bytes())
 
 
 def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
