@@ -372,7 +372,7 @@ def test_a_batchnorm_pass_is_made_again_with_the_code_if_that_is_trusted(
         capsys, "average", "step-[1234]", "-o", "out", "--model", "verify_fixtures:Net",
         "--data", "verify_fixtures:batches", "--data-arg", "count=3",
         "--forward", "verify_fixtures:forward", "--eval", "verify_fixtures:accuracy",
-        "--compare-bn", "--seed", "0",
+        "--compare-bn", "--seed", "0", "--quiet",
     )  # fmt: skip
     assert (code, err) == (0, "")
     code, out, err = ckptavg(capsys, "verify", "out", "--reproduce")
