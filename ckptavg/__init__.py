@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         ProcessError,
         SourceError,
         UsageError,
+        VerificationError,
     )
     from ckptavg.eval_command import EvalCommand
     from ckptavg.model_zoo import ModelFromConfig, model_from
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     )
     from ckptavg.plan import AveragePlan, plan_average
     from ckptavg.recipe import Recipe
+    from ckptavg.rerun import ReproducedFile, TensorDifference
     from ckptavg.results import (
         AverageResult,
         BnPass,
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from ckptavg.search.sweep import sweep
     from ckptavg.selection import Selection
     from ckptavg.tensors import HubRevision, PushResult
+    from ckptavg.verify import VerifiedFile, VerifiedSource, VerifyResult, verify_output
 
 # where each public name lives; imported when it is first used (PEP 562)
 _HOME = {
@@ -88,6 +91,7 @@ _HOME = {
     "ProcessError": "errors",
     "PushResult": "tensors",
     "Recipe": "recipe",
+    "ReproducedFile": "rerun",
     "RunCheckpoint": "results",
     "RunInfo": "results",
     "Scheme": "schemes",
@@ -97,7 +101,12 @@ _HOME = {
     "StageTimes": "results",
     "SweepResult": "results",
     "SweepRow": "results",
+    "TensorDifference": "rerun",
     "UsageError": "errors",
+    "VerificationError": "errors",
+    "VerifiedFile": "verify",
+    "VerifiedSource": "verify",
+    "VerifyResult": "verify",
     "average_checkpoints": "pipeline",
     "hub_revisions": "pipeline",
     "inspect_checkpoint": "pipeline",
@@ -112,6 +121,7 @@ _HOME = {
     "recompute_bn": "pipeline",
     "recompute_bn_stats": "batchnorm",
     "sweep": "search.sweep",
+    "verify_output": "verify",
 }
 
 __all__ = [
@@ -143,6 +153,7 @@ __all__ = [
     "ProcessError",
     "PushResult",
     "Recipe",
+    "ReproducedFile",
     "RunCheckpoint",
     "RunInfo",
     "Scheme",
@@ -152,7 +163,12 @@ __all__ = [
     "StageTimes",
     "SweepResult",
     "SweepRow",
+    "TensorDifference",
     "UsageError",
+    "VerificationError",
+    "VerifiedFile",
+    "VerifiedSource",
+    "VerifyResult",
     "__version__",
     "average_checkpoints",
     "hub_revisions",
@@ -168,6 +184,7 @@ __all__ = [
     "recompute_bn",
     "recompute_bn_stats",
     "sweep",
+    "verify_output",
 ]
 
 

@@ -14,6 +14,7 @@ The tree::
     │   └── ProcessEndedError         it ended, or was interrupted; the run can be continued
     ├── OutputError                   the output cannot be written; nothing was published
     ├── AfterPublishError             the output was published, a later step failed (exit code 3)
+    ├── VerificationError             an output is not what its provenance says
     ├── ModelError                    the user's model or data could not be built or loaded
     └── BatchNormError                BatchNorm statistics could not be computed; model unchanged
 
@@ -112,6 +113,10 @@ class OutputError(CkptavgError):
 
 class AfterPublishError(CkptavgError):
     """The output is published and whole, but something that came after it failed."""
+
+
+class VerificationError(CkptavgError):
+    """An output is not what its provenance says, or nothing says what it should be."""
 
 
 class ModelError(CkptavgError):

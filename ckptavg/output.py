@@ -9,14 +9,14 @@ import glob
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from threading import Event, Thread
-from time import monotonic
 from types import TracebackType
 from typing import Self
 
+from ckptavg.background import Background
 from ckptavg.blocks import Differing
 from ckptavg.destination import check_replaceable
 from ckptavg.directories import (
@@ -30,6 +30,8 @@ from ckptavg.directories import (
     sync_directory,
 )
 from ckptavg.errors import AfterPublishError, OutputError, ProcessEndedError
+from ckptavg.hashing import FileHash
+from ckptavg.hub.threads import in_parallel
 from ckptavg.journal import (
     EVALUATIONS_NAME,
     JOURNAL_PREFIX,
@@ -42,8 +44,6 @@ from ckptavg.writer import ModelWriter, write_small_file
 
 _PARTIAL_SUFFIX = re.compile(r"\.partial-[0-9a-f]{16}$")
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
-_WRITEBACK_SECONDS = 0.05
-_SYNC_SECONDS = 30.0  # how much work a failure of the machine may cost
 
 
 class OutputDirectory:
@@ -68,6 +68,7 @@ class OutputDirectory:
         metadata: Sequence[Mapping[str, str]],
         overwrite: bool,
         rank: int = 0,
+        hash_along: bool = True,
     ) -> None:
         """Prepare to write; nothing is created before the context is entered.
 
@@ -77,6 +78,8 @@ class OutputDirectory:
             metadata: String map for the weight files' headers, one an output of the plan.
             overwrite: Whether an existing output is replaced.
             rank: Number of this process among those that write the output.
+            hash_along: Whether what is written is what will be published, so that hashing it
+                meanwhile saves time.
         """
         # the directory itself, not a link to it, is what gets replaced
         self.output = Path(
@@ -95,10 +98,9 @@ class OutputDirectory:
         self._is_streamed = plan.is_streamed
         self._overwrite = overwrite
         self._rank = rank
+        self._hash_along = hash_along and rank == 0
         self._journal: Journal | None = None
-        self._stop_writeback = Event()
-        self._writeback: Thread | None = None
-        self._writeback_error: OSError | None = None
+        self._background: Background | None = None
         # what holds the name of the partial directory, whatever bears it
         self._lock_path = self.partial.with_name(f"{self.partial.name}.lock")
         self._lock = -1
@@ -127,8 +129,9 @@ class OutputDirectory:
         except BaseException as error:
             self._leave_unpublished(error)
             raise
-        self._writeback = Thread(target=self._write_back, daemon=True)
-        self._writeback.start()
+        self._background = Background(
+            self.models, self.finished, self._journal, self.partial, hashes=self._hash_along
+        )
         return self
 
     def __exit__(
@@ -152,8 +155,8 @@ class OutputDirectory:
         """
         self.finished[block] = differing
         try:
-            if self._writeback_error is not None:
-                raise self._writeback_error
+            if (failure := self._background_error()) is not None:
+                raise failure
             if self._journal is not None:
                 self._journal.record(block, differing)
         except OSError as error:
@@ -165,11 +168,37 @@ class OutputDirectory:
         Raises:
             OutputError: If the storage refuses, or refused before.
         """
-        self._end_writeback()
-        if self._writeback_error is not None:  # the system tells of it only once
-            raise self._failed(self._writeback_error) from self._writeback_error
+        self._end_background()
+        if (failure := self._background_error()) is not None:
+            raise self._failed(failure) from failure
         for model in self.models:
             model.sync()
+
+    def sync_and_hash(self, n_threads: int) -> list[dict[str, FileHash]]:
+        """Return the hashes of each model's files, while the storage takes what was written.
+
+        Args:
+            n_threads: How many threads hash weight files.
+
+        Raises:
+            OutputError: If the storage refuses.
+        """
+        found = [dict(model.small_files) for model in self.models]
+
+        def hash_one(model: int, shard: int, name: str) -> None:
+            found[model][name] = self.models[model].hash_weights(shard)
+
+        self._end_background()
+        tasks: list[Callable[[], None]] = [
+            self.sync,
+            *(
+                partial(hash_one, number, shard, name)
+                for number, model in enumerate(self.models)
+                for shard, name in enumerate(model.weight_filenames())
+            ),
+        ]
+        in_parallel(lambda task: task(), tasks, n_threads + 1)
+        return found
 
     def end_journal(self) -> None:
         """Say that from here on files change which the journal calls finished: it is removed.
@@ -386,34 +415,17 @@ class OutputDirectory:
         )
         return True
 
-    def _write_back(self) -> None:
-        """Keep the storage busy while the average goes on, and vouch for what it holds."""
-        next_sync = monotonic() + _SYNC_SECONDS
-        while not self._stop_writeback.wait(_WRITEBACK_SECONDS):
-            for model in self.models:
-                model.start_writeback()
-            if monotonic() > next_sync and self._journal is not None:
-                try:
-                    self._journal.sync(
-                        descriptor for model in self.models for descriptor in model.descriptors
-                    )
-                except OSError as error:  # the next sync would not tell it again
-                    self._writeback_error = error
-                    with suppress(OSError):
-                        remove_journals(self.partial)
-                    return
-                next_sync = monotonic() + _SYNC_SECONDS
-
     # -- ending
 
-    def _end_writeback(self) -> None:
-        self._stop_writeback.set()
-        if self._writeback is not None:
-            self._writeback.join()
-            self._writeback = None
+    def _end_background(self) -> None:
+        if self._background is not None:
+            self._background.end()
+
+    def _background_error(self) -> OSError | None:
+        return None if self._background is None else self._background.error
 
     def _end_journal(self) -> None:
-        self._end_writeback()
+        self._end_background()
         if self._journal is not None:
             self._journal.close()
             self._journal = None

@@ -1,6 +1,8 @@
 """The whole tool on one screen: one function a command.
 
 sources -> checkpoints (headers only) -> plan -> average -> writer -> [BatchNorm pass] -> publish
+
+``ckptavg.verify`` stands beside it: it looks at what was published.
 """
 
 from __future__ import annotations
@@ -211,6 +213,7 @@ def average_checkpoints(
             metadata=[weight_file_metadata(plan, one, __version__) for one in plan.outputs],
             overwrite=overwrite,
             rank=processes.rank,
+            hash_along=batchnorm is None,  # which changes what was written
         )
         before = enter_together(processes, stack, directory)
         averaging = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from ckptavg.plan import AveragePlan, check_format, plan_average
 from ckptavg.processes import Processes
 from ckptavg.provenance import earlier_provenance, last_averaged
 from ckptavg.recipe import Recipe
+from ckptavg.recorded_recipe import Asked, command_for
 from ckptavg.results import BnPass
 from ckptavg.schemes import Scheme, parse_schemes
 from ckptavg.selection import Selection
@@ -66,6 +68,7 @@ class Prepared:
     state_key: str | None
     strip_prefixes: tuple[str, ...]
     keep_prefix: bool
+    asked: Asked
     notes: tuple[str, ...]
 
 
@@ -118,6 +121,7 @@ def prepared_average(
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}, expected at least 1")
     check_format(output_format, max_shard_bytes)
+    directory = os.path.realpath(os.curdir)
     hub = HubAccess(cache=cache, connections=n_threads)
     with _telling_what_was_fetched(hub):
         opened, notes = open_sources(sources, state_key=state_key, hub=hub, selection=selection)
@@ -204,6 +208,18 @@ def prepared_average(
             state_key=state_key,
             strip_prefixes=tuple(strip_prefixes),
             keep_prefix=keep_prefix,
+            asked=Asked(
+                command=command_for(sources),
+                directory=directory,
+                n_processes=processes.size,
+                device=workspace.device,
+                state_key=state_key,
+                strip_prefixes=tuple(strip_prefixes),
+                keep_prefix=keep_prefix,
+                max_shard_bytes=max_shard_bytes,
+                include_code=include_code,
+                batchnorm=batchnorm,
+            ),
             hub=hub,
             derived_from=derived_from,
             inherited_cards=inherited_cards,

@@ -15,6 +15,7 @@ from ckptavg.blocks import Action
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.checkpoint.folder import PROVENANCE_NAME, read_json
 from ckptavg.errors import without_token
+from ckptavg.hashing import FileHash
 from ckptavg.hub import pinned_reference
 from ckptavg.plan import AveragePlan, OutputPlan
 from ckptavg.tensors import HubRevision
@@ -53,6 +54,9 @@ def provenance(
     differing: Sequence[str],
     notes: Sequence[str],
     side_files: Sequence[str],
+    evidence: Sequence[str],
+    hashes: Mapping[str, FileHash],
+    reproduce: Mapping[str, Any],
     derived_from: Sequence[Mapping[str, Any] | None],
     batchnorm: Mapping[str, Any] | None,
     metrics: Mapping[str, float] | None,
@@ -100,6 +104,7 @@ def provenance(
             for index in output.row.used
         ],
         "recipe": recipe,
+        "reproduce": reproduce,
         "tensors": tensor_summary(plan, output, differing),
         "notes": list(notes),
         "batchnorm": batchnorm,
@@ -111,6 +116,8 @@ def provenance(
             "nbytes": plan.total_nbytes,
             "shards": [shard.filename for shard in plan.shards],
             "side_files": list(side_files),
+            "evidence": list(evidence),
+            "files": [{"name": name, **one._asdict()} for name, one in sorted(hashes.items())],
             "siblings": sorted(siblings) if len(siblings) > 1 else [],
         },
         "device": device,

@@ -42,6 +42,8 @@ class BnPass(BnOptions):
             checkpoint, with and without a pass of its own, and the average with other statistics.
         last_checkpoint: What ``compare`` takes for the last checkpoint; None takes that of the
             average, or what the provenance of a single model names.
+        names: What the section ``[model]`` of a recipe calls model, data, forward and eval, with
+            the arguments of the first two, where that is known; for the provenance.
 
     Raises:
         UsageError: If a value makes no sense.
@@ -52,6 +54,7 @@ class BnPass(BnOptions):
     evaluate: Evaluate | EvalCommand | None = None
     compare: bool = False
     last_checkpoint: Source | None = None
+    names: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         BnOptions.__post_init__(self)

@@ -24,6 +24,7 @@ from ckptavg.prepare import Prepared, prepared_average
 from ckptavg.processes import Processes
 from ckptavg.provenance import provenance
 from ckptavg.recipe import Recipe
+from ckptavg.recorded_recipe import recorded_recipe
 from ckptavg.results import AverageResult, BnPass, OutputResult, Progress, StageTimes
 from ckptavg.side_files import copy_side_files
 from ckptavg.sources import Source
@@ -242,12 +243,14 @@ def finish(
     ``evidence`` are files that go into every output, by name.
     """
     plan = prepared.plan
+    for model in directory.models:
+        for name, content in evidence.items():
+            model.add_file(name, content)
+    hashes = directory.sync_and_hash(prepared.workspace.n_threads)
     for index, (one, model) in enumerate(zip(plan.outputs, directory.models, strict=True)):
         outcome, files = outcomes[index], prepared.side_files[index]
         report = averaged.adapters[index]
         bn_report = None if outcome is None else outcome.report
-        for name, content in evidence.items():
-            model.add_file(name, content)
         model.add_file(
             PROVENANCE_NAME,
             provenance(
@@ -262,6 +265,9 @@ def finish(
                 adapter=None if report is None else asdict(report),
                 notes=notes,
                 side_files=[*(file.name for file in files), *evidence],
+                evidence=list(evidence),
+                hashes=hashes[index],
+                reproduce=recorded_recipe(plan, one, prepared.asked, directory.output / one.name),
                 derived_from=prepared.derived_from,
                 batchnorm=None if bn_report is None else asdict(bn_report),
                 metrics=None if outcome is None else outcome.metrics,

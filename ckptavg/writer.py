@@ -4,13 +4,14 @@ import ctypes
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from ckptavg.blocks import Action, TensorPlan
 from ckptavg.checkpoint.files import open_descriptor
 from ckptavg.errors import OutputError
+from ckptavg.hashing import FileHash, FollowingHash, Part, hash_of
 from ckptavg.plan import AveragePlan
 from ckptavg.torch_writer import TorchFile
 
@@ -61,6 +62,11 @@ class ModelWriter:
 
     Use: ``create`` or ``reopen``, any number of ``write`` calls from any thread, then ``patch``,
     ``seal`` and ``add_file``, ``sync``, ``close``.
+
+    Attributes:
+        directory: Where the files go.
+        descriptors: The open weight files.
+        small_files: What ``add_file`` wrote.
     """
 
     def __init__(
@@ -92,6 +98,8 @@ class ModelWriter:
             for shard, tensors in zip(plan.shards, by_shard, strict=True)
         ]
         self.descriptors: list[int] = []
+        self.small_files: dict[str, FileHash] = {}
+        self._hashes = [FollowingHash(self._parts_of(one)) for one in range(len(plan.shards))]
 
     def create(self) -> None:
         """Make the weight files, with headers and room for the data.
@@ -125,9 +133,9 @@ class ModelWriter:
                 return False
         return True
 
-    def weight_filenames(self) -> set[str]:
+    def weight_filenames(self) -> list[str]:
         """Return the names of the weight files."""
-        return {shard.filename for shard in self._plan.shards}
+        return [shard.filename for shard in self._plan.shards]
 
     def write(self, shard: int, offset: int, data: memoryview) -> None:
         """Write bytes at an offset in the data of one shard; from any thread, in any order.
@@ -149,6 +157,7 @@ class ModelWriter:
             if tensor.name == name or tensor.owner == name:
                 if len(data) != tensor.nbytes:
                     raise AssertionError("the caller gives the tensor's own dtype and shape")
+                self._hashes[tensor.shard].restart()
                 self.write(tensor.shard, tensor.offset, memoryview(data))
 
     def seal(self, n_threads: int) -> None:
@@ -183,6 +192,23 @@ class ModelWriter:
             write_small_file(self.directory / name, content)
         except OSError as error:
             raise self._failed(error) from error
+        self.small_files[name] = hash_of(content)
+
+    def hash_along(self, finished: Container[int], is_over: Callable[[], bool]) -> None:
+        """Hash what has become whole of the weight files; see ``FollowingHash.follow``."""
+        for shard, one in zip(self._plan.shards, self._hashes, strict=True):
+            one.follow(self.directory / shard.filename, finished, is_over)
+
+    def hash_weights(self, shard: int) -> FileHash:
+        """Hash what is left of a weight file that is sealed, and return its hash.
+
+        Raises:
+            OutputError: If it cannot be read.
+        """
+        try:
+            return self._hashes[shard].finish(self.directory / self._plan.shards[shard].filename)
+        except OSError as error:
+            raise self._failed(error) from error
 
     def start_writeback(self) -> None:
         """Let the system begin to bring what is written so far to the storage; do not wait."""
@@ -200,6 +226,17 @@ class ModelWriter:
                 os.fsync(descriptor)
         except OSError as error:
             raise self._failed(error) from error
+
+    def _parts_of(self, shard: int) -> Iterator[Part]:
+        """Yield what of a weight file is there when; nothing where sealing changes it again."""
+        if self._plan.output_format == "torch":
+            return
+        for block in self._plan.blocks:
+            for at, offset in block.destinations:
+                if at == shard:
+                    nbytes = block.numel * block.output_dtype.itemsize
+                    for position, count in self._files[shard].places(offset, nbytes):
+                        yield Part(position, count, block.block)
 
     def close(self) -> None:
         """Close the weight files; closing twice is allowed."""

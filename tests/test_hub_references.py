@@ -140,7 +140,17 @@ def test_what_is_written_is_read_again(revision: str) -> None:
 
 def test_a_pinned_reference_names_the_commit() -> None:
     one = HubRevision("org/name", "main~3", COMMIT, "sub", "title")
-    assert pinned_reference(one) == f"hf://org/name@{COMMIT}/sub"
+    assert pinned_reference(one) == f"hf://org/name@{one.revision}:{COMMIT}/sub"
+    assert pinned_reference(one._replace(revision=COMMIT)) == f"hf://org/name@{COMMIT}/sub"
+
+
+def test_a_pinned_name_is_that_commit_whatever_it_is_called_by_now(steps: LoopbackHub) -> None:
+    before = expand_sources([f"{REPO}@step1", f"{REPO}@main~1..main", f"{REPO}@exp%2Flr-1/sub"])
+    pins = [pinned_reference(one) for one in before if isinstance(one, HubRevision)]
+    steps.commit(REPO, "step1", {"a": b"trained on"}, "go on")
+    steps.commit(REPO, "main", {"a": b"trained on"}, "go on")
+    assert expand_sources(pins) == before
+    assert [one.title for one in before if isinstance(one, HubRevision)] == ["", "commit 4", ""]
 
 
 def test_numbers_in_names_are_compared_as_numbers() -> None:
@@ -225,6 +235,7 @@ def test_the_history_is_read_over_many_pages(
          "v1.0"),
         ("@main/stage-*", "@main/stage-*: no file or folder matches at main"),
         ("@main~6", "@main~6: main has only 6 commits"),
+        ("@main:0123456", "@main:0123456: '0123456' is not the full SHA of a commit"),
         ("@step1..main", "@step1..main: step1 is no earlier commit of main"),
         ("@main..main", "@main..main: holds no commits"),
         ("@0123456789", "@0123456789: no such revision on the Hub"),

@@ -34,7 +34,7 @@ def test_of_accuracies_and_scores_more_is_better(name: str) -> None:
     assert best_mode(name) == "max"
 
 
-@pytest.mark.parametrize("name", ["metric", "lr", "epoch", "tempo", "permute", "top1_error"])
+@pytest.mark.parametrize("name", ["metric", "lr", "epoch", "tempo", "permute"])
 def test_other_names_do_not_tell(name: str) -> None:
     message = (
         f"whether '{name}' is best when small or when large, its name does not tell; say it with "

@@ -215,6 +215,23 @@ average_checkpoints(sources, folder / "out", distributed=True, n_threads=1, prog
     assert not list(tmp_path.glob("*.partial-*"))
 
 
+def test_a_recipe_under_torchrun_is_saved_and_run_by_all(
+    tmp_path: Path, sources: list[Path]
+) -> None:
+    (tmp_path / "there").mkdir()
+    ended = torchrun(
+        "-m", "ckptavg", "average", *(path.name for path in sources), "-o", "out",
+        "--save-recipe", "there/swa.toml", cwd=tmp_path,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    ended = torchrun("-m", "ckptavg", "run", "there/swa.toml", "-o", "again", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "again: average of 3 checkpoints" in ended.stdout
+    one, other = tree(tmp_path / "out"), tree(tmp_path / "again")
+    assert one.pop("ckptavg.json") != other.pop("ckptavg.json")
+    assert one == other
+
+
 def test_command_line_under_torchrun(tmp_path: Path, sources: list[Path]) -> None:
     ended = torchrun("-m", "ckptavg", "average", *map(str, sources), "-o", str(tmp_path / "out"))
     assert ended.returncode == 0, ended.stderr

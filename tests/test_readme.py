@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import click
@@ -11,6 +12,7 @@ from conftest import save_checkpoint
 
 from ckptavg import __version__
 from ckptavg.cli import _COMMANDS, cli
+from ckptavg.cli.recipes import recipe_arguments
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -52,6 +54,14 @@ def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         exec(compile(example, "README.md", "exec"), {})
     assert Path("averaged/model.safetensors").exists()
     assert Path("averages/uniform-last2/model.safetensors").exists()
+
+
+def test_the_recipe_in_the_readme_is_one() -> None:
+    (text,) = blocks("toml")
+    command = cli.get_command(click.Context(cli), "average")
+    assert command is not None
+    arguments = recipe_arguments(tomllib.loads(text), "README.md", command, {})
+    assert command.make_context("average", arguments).params["last"] == 20
 
 
 def test_files_and_names_the_readme_points_to_are_there() -> None:

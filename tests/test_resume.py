@@ -354,8 +354,8 @@ def test_a_damaged_journal_is_believed_up_to_the_damage(
 def test_long_runs_are_synced_now_and_then(
     sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ckptavg.output._WRITEBACK_SECONDS", 0.001)
-    monkeypatch.setattr("ckptavg.output._SYNC_SECONDS", 0.01)
+    monkeypatch.setattr("ckptavg.background._PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr("ckptavg.background._SYNC_SECONDS", 0.01)
     synced: list[int] = []
 
     def wait_for_sync(stage: str, done: int, total: int | None) -> None:
@@ -377,8 +377,8 @@ def test_a_write_that_the_storage_refuses_later_is_not_forgotten(
     sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The system tells of it once: a later sync would find nothing wrong."""
-    monkeypatch.setattr("ckptavg.output._WRITEBACK_SECONDS", 0.001)
-    monkeypatch.setattr("ckptavg.output._SYNC_SECONDS", 0.0)
+    monkeypatch.setattr("ckptavg.background._PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr("ckptavg.background._SYNC_SECONDS", 0.0)
     sync, refused = Journal.sync, threading.Event()
 
     def refuse_once(self: Journal, descriptors: Iterable[int]) -> None:

@@ -20,6 +20,7 @@ import click
 from ckptavg._version import __version__
 from ckptavg.errors import AfterPublishError, CkptavgError, UsageError, printable, without_token
 
+TYPED = "ckptavg.typed"  # where click's context keeps the arguments of a command as typed
 _QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
 
 # command -> module that holds it as `command`; imported when it is needed
@@ -29,6 +30,8 @@ _COMMANDS = {
     "sweep": "ckptavg.cli.sweep",
     "inspect": "ckptavg.cli.inspect",
     "push": "ckptavg.cli.push",
+    "run": "ckptavg.cli.run_recipe",
+    "verify": "ckptavg.cli.verify",
 }
 
 
@@ -44,6 +47,14 @@ class _LazyGroup(click.Group):
             return None
         command: click.Command = importlib.import_module(module).command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Keep what was typed: ``--save-recipe`` writes it down."""
+        found = super().resolve_command(ctx, args)
+        ctx.meta[TYPED] = tuple(found[2])
+        return found
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

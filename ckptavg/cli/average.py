@@ -23,6 +23,7 @@ from ckptavg.cli.options import (
 )
 from ckptavg.cli.progress import ProgressBars
 from ckptavg.cli.push import chosen_push, push_and_echo, typed_command
+from ckptavg.cli.recipes import save_recipe, save_recipe_option
 from ckptavg.cli.render import echo_plan, stdout_for_the_result
 from ckptavg.cli.schemes import echo_coefficients
 from ckptavg.cli.user_code import load_bn_pass
@@ -56,6 +57,7 @@ Examples:
 @model_options(required=False, compare="--compare-bn")
 @machine_options
 @click.option("--dry-run", is_flag=True, help="Show what would be done; read nothing but headers.")
+@save_recipe_option
 @talk_options
 def command(
     sources: tuple[str, ...],
@@ -64,6 +66,7 @@ def command(
     as_json: bool,
     quiet: bool,
     debug: bool,
+    save_recipe_as: str | None,
     **options: Any,
 ) -> None:
     """Average saved checkpoints into one model, and recompute its BatchNorm statistics.
@@ -90,6 +93,8 @@ def command(
     schemes = chosen_schemes(options["schemes"], options["coefficients"])
     recipe = averaging_arguments(options)
     arguments |= {"batchnorm": batchnorm}
+    if is_first:
+        save_recipe(save_recipe_as)
     if dry_run:
         with (
             stdout_for_the_result(),

@@ -16,6 +16,7 @@ from ckptavg.cli.options import (
 )
 from ckptavg.cli.progress import ProgressBars
 from ckptavg.cli.push import chosen_push, push_and_echo, typed_command
+from ckptavg.cli.recipes import save_recipe, save_recipe_option
 from ckptavg.cli.render import stdout_for_the_result
 from ckptavg.cli.user_code import load_bn_pass
 
@@ -35,9 +36,16 @@ Examples:
 @reading_options
 @model_options(required=True, compare="--compare")
 @machine_options
+@save_recipe_option
 @talk_options
 def command(
-    source: str, output: str, as_json: bool, quiet: bool, debug: bool, **options: Any
+    source: str,
+    output: str,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    save_recipe_as: str | None,
+    **options: Any,
 ) -> None:
     """Recompute the BatchNorm statistics of one saved model over batches of training data.
 
@@ -55,6 +63,8 @@ def command(
         batchnorm = load_bn_pass(**model_arguments(options))
     if batchnorm is None:
         raise AssertionError("--model and --data are required options")
+    if is_first:
+        save_recipe(save_recipe_as)
     with stdout_for_the_result(), ProgressBars(quiet=quiet or as_json) as progress:
         result = recompute_bn(
             source,

@@ -23,6 +23,7 @@ from ckptavg.cli.options import (
 )
 from ckptavg.cli.progress import ProgressBars
 from ckptavg.cli.push import chosen_push, push_and_echo, typed_command
+from ckptavg.cli.recipes import save_recipe, save_recipe_option
 from ckptavg.cli.render import echo_plan, metrics_table, stdout_for_the_result
 from ckptavg.cli.user_code import load_bn_pass
 
@@ -64,6 +65,7 @@ Examples:
 @model_options(required=False, compare=None)
 @machine_options
 @click.option("--dry-run", is_flag=True, help="Show what would be done; read nothing but headers.")
+@save_recipe_option
 @talk_options
 def command(
     sources: tuple[str, ...],
@@ -78,6 +80,7 @@ def command(
     as_json: bool,
     quiet: bool,
     debug: bool,
+    save_recipe_as: str | None,
     **options: Any,
 ) -> None:
     """Try many averages of saved checkpoints, judge each, and keep the best.
@@ -101,6 +104,8 @@ def command(
     evaluation = check_sweep(evaluation, schemes, keep, plot=plot)
     selection, recipe = selection_arguments(options), averaging_arguments(options)
     arguments = pipeline_arguments(options)
+    if is_first:
+        save_recipe(save_recipe_as)
     if dry_run:
         request = Request.of(
             chosen_schemes(schemes, None), {**selection, **recipe, **arguments},

@@ -11,6 +11,7 @@ import click
 
 from ckptavg.errors import ModelError
 from ckptavg.eval_command import EvalCommand
+from ckptavg.recipe_file import argument_entry
 
 if TYPE_CHECKING:
     from ckptavg.results import BnPass
@@ -89,6 +90,13 @@ def load_bn_pass(
     return BnPass(
         model=None if model_name is None else _model(model_name, model_arguments),
         batches=None if data_name is None else _batches(data_name, data_arguments),
+        names=_names(
+            ("model", model_name, model_arguments),
+            ("data", data_name, data_arguments),
+            ("forward", forward_name, ()),
+            ("eval", eval_name, ()),
+            ("eval-command", eval_command, ()),
+        ),
         forward=_function(forward_name, "--forward"),
         evaluate=evaluate if eval_command is None else EvalCommand(eval_command),
         **options,
@@ -106,6 +114,15 @@ def _batches(name: str, arguments: Arguments) -> Any:
     if arguments:
         raise click.UsageError(f"--data-arg: {name} is an iterable already, not a factory")
     return batches
+
+
+def _names(*given: tuple[str, str | None, Arguments]) -> dict[str, Any]:
+    """Return what was named, and with what arguments, as a recipe has it."""
+    names: dict[str, Any] = {}
+    for option, name, arguments in given:
+        if name is not None:
+            names |= {option: name, **argument_entry(f"{option}-arg", dict(arguments))}
+    return names
 
 
 def _model(name: str, arguments: Arguments) -> Any:

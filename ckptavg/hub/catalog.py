@@ -80,7 +80,9 @@ class HubRepository:
             SourceError: If there are none.
             HubError: If the Hub cannot be asked.
         """
-        if reference.commit_range is not None:
+        if reference.pinned is not None:
+            found = [self._pinned(*reference.pinned, reference)]
+        elif reference.commit_range is not None:
             found = self._between(*reference.commit_range, reference)
         elif reference.revision_is_glob:
             names = [
@@ -98,6 +100,13 @@ class HubRepository:
         if not reference.path_is_glob:
             return [one._replace(path=reference.path) for one in found]
         return [match for one in found for match in _matching_paths(one, reference)]
+
+    def _pinned(self, name: str, commit: str, reference: HubReference) -> HubRevision:
+        if not is_commit(commit) or len(commit) != _FULL_COMMIT_DIGITS:
+            raise SourceError(f"{reference}: '{commit}' is not the full SHA of a commit")
+        # a commit that was found in a history was looked up, with its title
+        title = self._history(commit, reference)[0][1] if "~" in name else ""
+        return HubRevision(self.repo, name, commit, title=title)
 
     def _between(
         self, first: Ancestor, last: Ancestor, reference: HubReference

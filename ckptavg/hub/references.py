@@ -8,6 +8,7 @@
 ``org/name@rev/step-*``       every folder or file that matches
 ``org/name@main~10..main``    the commits after the first up to the last, as git writes it
 ``org/name@main~3``           the third commit before
+``org/name@step1000:COMMIT``  what was ``step1000`` when it was that commit, for ever
 ============================  ====================================================================
 
 A slash in a branch's name is written ``%2F``; ``refs/pr/N`` may be written as it is.
@@ -76,6 +77,12 @@ class HubReference:
         return (_ancestor(first), _ancestor(last)) if dots and first and last else None
 
     @property
+    def pinned(self) -> tuple[str, str] | None:
+        """The name and the commit of ``NAME:COMMIT``."""
+        name, colon, commit = self.revision.rpartition(":")  # git allows no colon in a name
+        return (name, commit) if colon else None
+
+    @property
     def ancestor(self) -> Ancestor:
         """The revision as a number of commits behind another, which may be none."""
         return _ancestor(self.revision)
@@ -109,8 +116,10 @@ def reference_text(repo: str, revision: str, path: str = "") -> str:
 
 
 def pinned_reference(found: HubRevision) -> str:
-    """Write a reference that means the same for ever."""
-    return SCHEME + reference_text(found.repo, found.commit, found.path)
+    """Write a reference that means the same for ever; a name, which may tell a step, is kept."""
+    is_named = found.revision != found.commit
+    revision = f"{found.revision}:{found.commit}" if is_named else found.commit
+    return SCHEME + reference_text(found.repo, revision, found.path)
 
 
 def label_of(found: HubRevision) -> str:

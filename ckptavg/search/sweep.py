@@ -102,6 +102,7 @@ def sweep(
             metadata=[weight_file_metadata(plan, one, __version__) for one in plan.outputs],
             overwrite=request.overwrite,
             rank=processes.rank,
+            hash_along=False,  # most of it is not kept
         )
         contest = Contest(
             evaluation=evaluation,
