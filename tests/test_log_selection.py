@@ -230,6 +230,15 @@ def test_a_log_too_sparse_to_tell_how_the_rate_went_on_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("recorded", ["used", "next"])
+def test_a_checkpoint_shortly_after_a_smooth_minimum_is_near_it(recorded: str) -> None:
+    run_of([50, 110, 210, 310, 410])
+    rows = [{"step": n, "lr": 1 + math.cos(math.pi * (n / 100 - 1))} for n in range(10, 411, 10)]
+    write_csv("log.csv", rows)
+    assert steps_of(at_lr_minima=True, log="log.csv", lr_recorded=recorded) == [210, 410]
+
+
+@pytest.mark.usefixtures("here")
 def test_rates_too_far_apart_to_tell_a_restart_from_a_rise_are_refused() -> None:
     trainer_checkpoints(range(20, 161, 20), "next")
     for path in Path("run").glob("*/trainer_state.json"):
