@@ -5,6 +5,7 @@ Algorithm 1: where ``mod(i, c) = 0``); Fast Geometric Ensembling (Garipov et al.
 half cycle, so every second of its checkpoints lies at a maximum.
 """
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ class Reading:
         is_stepwise: Whether the rate stays as it was from one sample to the next.
         is_gradual: Whether a rise to the peak, of which the samples do not tell it, is no restart.
         is_by_update: Whether an index is an update, so that one past a minimum is as good as at it.
-        may_begin_low: Whether the first sample may be a minimum that the descent to is not seen of.
+        is_of_checkpoints: Whether the samples are what checkpoints tell, and nothing is known of
+            the rates before the first and between them.
     """
 
     samples: Sequence[Sample]
@@ -52,7 +54,7 @@ class Reading:
     is_stepwise: bool = False
     is_gradual: bool = False
     is_by_update: bool = False
-    may_begin_low: bool = False
+    is_of_checkpoints: bool = False
 
     @cached_property
     def highest(self) -> float:
@@ -136,7 +138,8 @@ def cycle_minima(reading: Reading) -> Minima:
         whole.append((turns[-2], tail, tail))
     taken, missed = [], []
     for before, turn, after in whole:
-        found = _lowest_between(reading, before.position, turn.position, after.position)
+        lowest = min(levels) if levels and reading.is_of_checkpoints else math.inf
+        found = _lowest_between(reading, before.position, turn.position, after.position, lowest)
         if found is not None:
             taken.append(found)
         elif reading.used[0] <= samples[turn.position].when <= reading.used[-1]:
@@ -189,10 +192,13 @@ def _turns(samples: Sequence[Sample], equal: float) -> list[_Turn]:
 def _low_head(reading: Reading, turns: Sequence[_Turn]) -> _Turn | None:
     """Return the first sample if it may be a minimum: the next one is a peak, as FGE saves them."""
     begins_low = turns[0].is_bottom and turns[0].position == 0 and turns[1].position == 1
-    return turns[0] if begins_low and reading.may_begin_low else None
+    is_first = reading.used[0] == reading.samples[0].when
+    return turns[0] if begins_low and is_first and reading.is_of_checkpoints else None
 
 
-def _lowest_between(reading: Reading, start: int, bottom: int, stop: int) -> Minimum | None:
+def _lowest_between(
+    reading: Reading, start: int, bottom: int, stop: int, known: float
+) -> Minimum | None:
     """Return the checkpoint nearest to the minimum between two peaks; None if it is not near.
 
     Args:
@@ -200,6 +206,7 @@ def _lowest_between(reading: Reading, start: int, bottom: int, stop: int) -> Min
         start: Position of the peak before, among the samples.
         bottom: Of the lowest.
         stop: Of the peak after.
+        known: A rate that minima are known to come down to; infinity if none is.
     """
     samples = reading.samples
     begin, end = samples[start].when, samples[stop].when
@@ -208,7 +215,7 @@ def _lowest_between(reading: Reading, start: int, bottom: int, stop: int) -> Min
         rate = _rate_at(reading, reading.used[number], begin, end)
         if rate is not None and (found is None or rate <= found.rate + _EQUAL * reading.highest):
             found = Minimum(number, rate)
-    lowest = samples[bottom].rate
+    lowest = min(samples[bottom].rate, known)
     near = lowest + _NEAR * (max(samples[start].rate, samples[stop].rate) - lowest)
     if found is not None and found.rate <= near:
         return found
@@ -239,7 +246,7 @@ def _rate_at(reading: Reading, index: int, begin: int, end: int) -> float | None
         return left.rate  # the restart comes with the next update: until then it fell
     if reading.is_stepwise:
         return left.rate
-    is_smooth = end - begin >= _MIN_SMOOTH_CYCLE
+    is_smooth = end - begin >= _MIN_SMOOTH_CYCLE or not reading.is_gradual
     return right.rate if right.when - index == 1 and is_smooth else None
 
 

@@ -184,7 +184,7 @@ def _of_checkpoints(saved: Sequence[Saved], recorded: Recorded | None) -> Told:
                 used=[2 * at if one.step != 0 else -1 for at, one in enumerate(saved)],
                 recorded=recorded or "used",
                 is_stepwise=stepwise,
-                may_begin_low=not is_next,
+                is_of_checkpoints=True,
             )
         )
     return Told(tuple(readings), "the checkpoints")
@@ -225,6 +225,7 @@ def _of_schedulers(
                 used=used,
                 recorded=one,
                 peak=states[-1].base_rate if states[-1].max_rate is None else None,
+                is_of_checkpoints=schedule is None,
             )
         )
     return tuple(readings)

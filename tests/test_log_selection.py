@@ -163,17 +163,24 @@ def test_checkpoints_without_a_step_cannot_be_found_in_a_log_of_steps() -> None:
         )
 
 
-def trainer_checkpoints(steps: Sequence[int], logged: str, *, keep_scheduler: bool = True) -> None:
+def trainer_checkpoints(
+    steps: Sequence[int],
+    logged: str,
+    *,
+    keep_scheduler: bool | Sequence[int] = True,
+    logging_steps: range = range(5, 161, 5),
+) -> None:
     """Save what transformers' Trainer leaves of hard restarts every 40 steps."""
     for step in steps:
         history = [
             {"step": n, "learning_rate": cosine(n - (logged == "used"), 40), "loss": 1.0}
-            for n in range(5, step + 1, 5)
+            for n in logging_steps
+            if n <= step
         ]
         state = {"global_step": step, "log_history": history}
         model_directory(f"run/checkpoint-{step}", step, trainer_state__json=json.dumps(state))
         scheduler = {"base_lrs": [1.0], "last_epoch": step, "_last_lr": [cosine(step, 40)]}
-        if keep_scheduler:
+        if keep_scheduler is True or (keep_scheduler and step in keep_scheduler):
             torch.save(scheduler, f"run/checkpoint-{step}/scheduler.pt")
 
 
@@ -188,6 +195,47 @@ def test_trainer_states_are_read_whichever_rate_the_version_logged(logged: str) 
 def test_without_a_scheduler_beside_it_both_ways_to_read_a_trainer_state_agree() -> None:
     trainer_checkpoints(range(20, 161, 20), "next", keep_scheduler=False)
     assert steps_of(at_lr_minima=True) == [40, 80, 120, 160]
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("logged", ["used", "next"])
+def test_between_checkpoints_side_by_side_the_way_a_version_logged_decides(logged: str) -> None:
+    side_by_side = [20, 39, 40, 41, 79, 80, 81]
+    # the first row of all tells, or the scheduler's own rate at one step
+    trainer_checkpoints(side_by_side, logged, keep_scheduler=False, logging_steps=range(1, 161))
+    assert steps_of(at_lr_minima=True) == [40, 80]
+    trainer_checkpoints(side_by_side, logged, keep_scheduler=[20], logging_steps=range(5, 161))
+    assert steps_of(at_lr_minima=True) == [40, 80]
+    Path("run/checkpoint-20/scheduler.pt").unlink()
+    with pytest.raises(SourceError, match="nothing tells whether the learning rates on record"):
+        steps_of(at_lr_minima=True)
+    assert steps_of(at_lr_minima=True, lr_recorded=logged) == [40, 80]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_log_too_sparse_to_tell_how_the_rate_went_on_is_refused() -> None:
+    for epoch in range(9):
+        torch_file(f"run/step_{(epoch + 1) * 25}.pt", epoch)
+    rates = [1, 2, 3, 2, 1, 2, 3, 2, 1, 2]  # as each epoch began; it may have moved in between
+    write_csv("log.csv", [{"step": 25 * n, "lr-SGD": rate} for n, rate in enumerate(rates)])
+    with pytest.raises(
+        SourceError,
+        match=whole(
+            "the learning rates on record (log.csv) are too far apart to tell whether the minima "
+            "are at step_100.pt, step_200.pt or at step_125.pt, step_225.pt: name a log with more "
+            "of them (--log FILE)"
+        ),
+    ):
+        steps_of(at_lr_minima=True, log="log.csv")
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("recorded", ["used", "next"])
+def test_a_checkpoint_shortly_after_a_smooth_minimum_is_near_it(recorded: str) -> None:
+    run_of([50, 110, 210, 310, 410])
+    rows = [{"step": n, "lr": 1 + math.cos(math.pi * (n / 100 - 1))} for n in range(10, 411, 10)]
+    write_csv("log.csv", rows)
+    assert steps_of(at_lr_minima=True, log="log.csv", lr_recorded=recorded) == [210, 410]
 
 
 @pytest.mark.usefixtures("here")
@@ -229,6 +277,13 @@ def test_the_last_stage_of_a_rate_that_falls_in_stages_is_taken() -> None:
     rates = [0.1, 0.1, 0.1, 0.01, 0.01, 0.001]
     run_of(range(1, 7), optimizer=[optimizer(rate) for rate in rates])
     assert steps_of(constant_lr=True) == [4, 5]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_rate_that_was_constant_all_along_takes_all() -> None:
+    scheduler = [{"last_epoch": n, "_last_lr": [0.1], "base_lrs": [0.1]} for n in (1, 2, 3)]
+    run_of([1, 2, 3], scheduler=scheduler)
+    assert steps_of(constant_lr=True) == [1, 2, 3]
 
 
 @pytest.mark.usefixtures("here")

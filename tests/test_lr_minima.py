@@ -162,6 +162,10 @@ def hard_restarts(optimizer: Optimizer) -> LRScheduler:
     return LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * (step % 40) / 40)))
 
 
+def rises_and_falls(optimizer: Optimizer) -> LRScheduler:
+    return LambdaLR(optimizer, lambda step: 0.55 + 0.45 * math.cos(2 * math.pi * (step + 1) / 40))
+
+
 def after_warm_up(optimizer: Optimizer) -> LRScheduler:
     warm = LambdaLR(optimizer, lambda step: (step + 1) / 4)
     cycles = CosineAnnealingWarmRestarts(optimizer, 5, eta_min=0.01)
@@ -228,7 +232,13 @@ def test_checkpoints_of_the_end_of_each_cycle_are_all_taken(
 @pytest.mark.parametrize("saves_first", ORDERS)
 @pytest.mark.parametrize(
     ("build", "every"),
-    [(restarts, 2), (triangular, 3), (growing_restarts, 3), (hard_restarts, 10)],
+    [
+        (restarts, 2),
+        (triangular, 3),
+        (growing_restarts, 3),
+        (hard_restarts, 10),
+        (rises_and_falls, 5),
+    ],
 )
 def test_minima_are_found_where_checkpoints_are_rare(
     tmp_path: Path, build: Build, every: int, saves_first: bool
@@ -261,6 +271,21 @@ def test_restarts_stepped_by_parts_of_epochs_are_found(tmp_path: Path, first: in
         path = tmp_path / "run" / f"epoch-{epoch + first}.pt"
         torch.save({**content, "scheduler": scheduler.state_dict(), "epoch": epoch + first}, path)
     assert taken(tmp_path / "run") == [f"epoch-{epoch + first}.pt" for epoch in (2, 5, 8)]
+
+
+def test_of_rare_checkpoints_those_that_came_down_less_are_not_at_a_minimum(tmp_path: Path) -> None:
+    Loop(
+        build=lambda o: CosineAnnealingWarmRestarts(o, 5),
+        epochs=24,
+        saves_first=True,
+        every=2,
+        scheduler_key="",
+    ).run(tmp_path / "run")  # what is on record goes down to 0.17 and 0.05 in turn
+    assert taken(tmp_path / "run") == ["save005.pt", "save010.pt"]
+    assert (
+        "left out 3 of 5 cycles of the learning rate: no checkpoint was saved near their minimum"
+        in notes_of(tmp_path / "run")
+    )
 
 
 def fge_rate(update: int, length: int, high: float, low: float) -> float:
