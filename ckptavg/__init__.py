@@ -51,11 +51,14 @@ if TYPE_CHECKING:
         OutputResult,
         RunCheckpoint,
         RunInfo,
+        SoupResult,
+        SoupStep,
         StageTimes,
         SweepResult,
         SweepRow,
     )
     from ckptavg.schemes import Scheme, SchemeKind, list_schemes, parse_scheme, parse_schemes
+    from ckptavg.search.soup import greedy_soup
     from ckptavg.search.sweep import sweep
     from ckptavg.selection import Selection
     from ckptavg.tensors import HubRevision, PushResult
@@ -97,6 +100,8 @@ _HOME = {
     "Scheme": "schemes",
     "SchemeKind": "schemes",
     "Selection": "selection",
+    "SoupResult": "results",
+    "SoupStep": "results",
     "SourceError": "errors",
     "StageTimes": "results",
     "SweepResult": "results",
@@ -108,6 +113,7 @@ _HOME = {
     "VerifiedSource": "verify",
     "VerifyResult": "verify",
     "average_checkpoints": "pipeline",
+    "greedy_soup": "search.soup",
     "hub_revisions": "pipeline",
     "inspect_checkpoint": "pipeline",
     "inspect_run": "pipeline",
@@ -159,6 +165,8 @@ __all__ = [
     "Scheme",
     "SchemeKind",
     "Selection",
+    "SoupResult",
+    "SoupStep",
     "SourceError",
     "StageTimes",
     "SweepResult",
@@ -171,6 +179,7 @@ __all__ = [
     "VerifyResult",
     "__version__",
     "average_checkpoints",
+    "greedy_soup",
     "hub_revisions",
     "inspect_checkpoint",
     "inspect_run",

@@ -4,10 +4,14 @@ import importlib.util
 import io
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ckptavg.errors import UsageError
 from ckptavg.metrics import Judge
-from ckptavg.results import ComparisonRow, SweepRow
+from ckptavg.results import ComparisonRow, SoupStep, SweepRow
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which colour-blind people tell apart
 _BLUE, _ORANGE, _BLACK = "#0072B2", "#D55E00", "#000000"
@@ -81,6 +85,48 @@ def sweep_plot(
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
+    return _png(figure)
+
+
+def soup_plot(steps: Sequence[SoupStep], judge: Judge) -> bytes:
+    """Draw how a greedy soup was made: what each candidate is alone, and the mean with it.
+
+    Args:
+        steps: In the order of trying.
+        judge: The metric.
+
+    Returns:
+        A PNG image.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    panel = figure.subplots()
+    places = range(1, len(steps) + 1)
+    alone = [judge.value(step.metrics) for step in steps]
+    means = [judge.value(step.mean_metrics) for step in steps]
+    soup = [
+        next(mean for mean, step in zip(means[at::-1], steps[at::-1], strict=True) if step.accepted)
+        for at in range(len(steps))
+    ]
+    accepted = [at for at in places if steps[at - 1].accepted]
+    rejected = [at for at in places if not steps[at - 1].accepted]
+    panel.step(places, soup, where="post", color=_BLUE, label="the soup")
+    panel.plot(accepted, [means[at - 1] for at in accepted], "o", color=_BLUE, label="accepted")
+    panel.plot(rejected, [means[at - 1] for at in rejected], "x", color=_ORANGE, label="rejected")
+    panel.plot(places, alone, ".", color=_BLACK, label="the candidate alone")
+    better = "lower is better" if judge.mode == "min" else "higher is better"
+    panel.set_xlabel("candidate, best first")
+    panel.set_ylabel(f"{judge.metric} ({better})")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
+    return _png(figure)
+
+
+def _png(figure: "Figure") -> bytes:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=_DPI)
     return image.getvalue()

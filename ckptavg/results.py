@@ -237,6 +237,42 @@ class SweepResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SoupStep:
+    """What became of one checkpoint when a greedy soup was made.
+
+    Attributes:
+        candidate: The checkpoint's label.
+        metrics: What the evaluation says of it alone.
+        mean_metrics: What it says of the mean with it; for the first one, of it alone.
+        accepted: Whether it stayed.
+    """
+
+    candidate: str
+    metrics: Mapping[str, float]
+    mean_metrics: Mapping[str, float]
+    accepted: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoupResult:
+    """A greedy soup.
+
+    Attributes:
+        metric: What decided.
+        mode: ``min`` or ``max``.
+        steps: The checkpoints in the order in which they were tried, best first.
+        result: What was published; ``read_nbytes`` counts all that was read on the way.
+        files: The evidence, as files in the output: ``soup.json``, ...
+    """
+
+    metric: str
+    mode: Literal["min", "max"]
+    steps: tuple[SoupStep, ...]
+    result: AverageResult
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunCheckpoint:
     """What is known of one checkpoint in a run directory.
 

@@ -111,7 +111,7 @@ class ModelWriter:
         for shard, file in zip(self._plan.shards, self._files, strict=True):
             descriptor = _create_file(self.directory / shard.filename)
             self.descriptors.append(descriptor)
-            _reserve(descriptor, file.nbytes)
+            reserve(descriptor, file.nbytes)
             for position, content in file.known:
                 _write_all(descriptor, memoryview(content), position)
 
@@ -290,8 +290,12 @@ def _create_file(path: Path) -> int:
     return open_descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 
 
-def _reserve(descriptor: int, nbytes: int) -> None:
-    """Take the disk space now, so that a full disk shows before the work."""
+def reserve(descriptor: int, nbytes: int) -> None:
+    """Take the disk space now, so that a full disk shows before the work.
+
+    Raises:
+        OSError: If there is not enough.
+    """
     try:
         os.posix_fallocate(descriptor, 0, nbytes)
     except OSError as error:

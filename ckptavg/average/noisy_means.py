@@ -18,7 +18,7 @@ from ckptavg.coefficients import CoefficientRow, GaussianNoise
 from ckptavg.plan import is_batchnorm_statistic
 from ckptavg.tensors import DType
 
-_TILE_NUMEL = 2**14
+_TILE_NUMEL = 2**15  # smaller ones make threads wait for Python's lock
 _TILE_ARRAYS = 12  # float64 ones that are held at once while a tile is worked on
 
 
@@ -201,4 +201,4 @@ def noisy_nbytes(chunk_nbytes: int, dtype: DType, rows: Sequence[CoefficientRow]
         return 0
     numel = chunk_nbytes // dtype.itemsize + 2
     per_element = sum(dtype.itemsize + 1 + 8 * (2 + len(spread.rows)) for spread in spreads)
-    return numel * per_element + _TILE_ARRAYS * 8 * _TILE_NUMEL
+    return numel * per_element + _TILE_ARRAYS * 8 * min(numel, _TILE_NUMEL)

@@ -28,6 +28,7 @@ _COMMANDS = {
     "average": "ckptavg.cli.average",
     "recompute-bn": "ckptavg.cli.recompute_bn",
     "sweep": "ckptavg.cli.sweep",
+    "soup": "ckptavg.cli.soup",
     "inspect": "ckptavg.cli.inspect",
     "push": "ckptavg.cli.push",
     "run": "ckptavg.cli.run_recipe",

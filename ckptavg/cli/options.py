@@ -86,7 +86,9 @@ def _list_schemes(ctx: click.Context, param: click.Parameter, value: bool) -> No
         ctx.exit()
 
 
-def _combined(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+def combined(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Return one decorator that adds the options of several, in their order."""
+
     def decorate(function: Command) -> Command:
         for decorator in reversed(decorators):
             function = decorator(function)
@@ -95,7 +97,7 @@ def _combined(*decorators: Callable[[Command], Command]) -> Callable[[Command], 
     return decorate
 
 
-output_options = _combined(
+output_options = combined(
     click.option(
         "-o", "--output", required=True, type=click.Path(), metavar="OUT",
         help="Model directory to make, for example -o swa.",
@@ -141,7 +143,7 @@ class StepRange(click.ParamType[tuple[int | None, int | None]]):
 
 
 _COUNT = click.IntRange(min=1)
-selection_options = _combined(
+selection_options = combined(
     click.option(
         "--last", type=_COUNT, metavar="N",
         help="Of all checkpoints that SOURCES stand for, take the newest N, for example 10.",
@@ -199,7 +201,7 @@ selection_options = _combined(
     ),
 )  # fmt: skip
 
-metric_options = _combined(
+metric_options = combined(
     click.option(
         "--metric", metavar="NAME",
         help="What --best and --swad go by, for example eval_loss.",
@@ -211,7 +213,7 @@ metric_options = _combined(
     ),
 )  # fmt: skip
 
-scheme_options = _combined(
+scheme_options = combined(
     click.option(
         "--scheme", "schemes", multiple=True, metavar="[LABEL=]NAME[:KEY=VALUE,...]",
         help="What to average, for example uniform:last=5, ema:decay=0.9, late=linear:last=10; "
@@ -224,7 +226,7 @@ scheme_options = _combined(
     ),
 )  # fmt: skip
 
-averaging_options = _combined(
+averaging_options = combined(
     click.option(
         "--accumulate",
         type=click.Choice(["auto", "float32", "float64"]),
@@ -264,7 +266,7 @@ averaging_options = _combined(
     ),
 )
 
-judging_options = _combined(
+judging_options = combined(
     click.option(
         "--metric", metavar="NAME",
         help="The metric that decides, for example accuracy; default: the only one there is.",
@@ -275,7 +277,7 @@ judging_options = _combined(
     ),
 )  # fmt: skip
 
-publish_options = _combined(
+publish_options = combined(
     click.option("--private", is_flag=True, help="Make the repository private, if it is made now."),
     click.option(
         "--card", type=click.Path(dir_okay=False), metavar="FILE",
@@ -283,7 +285,7 @@ publish_options = _combined(
     ),
 )  # fmt: skip
 
-push_options = _combined(
+push_options = combined(
     click.option(
         "--push", metavar="ORG/NAME[@BRANCH]",
         help="Publish OUT on the Hugging Face Hub when it is done, for example me/pythia-swa; "
@@ -292,7 +294,7 @@ push_options = _combined(
     publish_options,
 )  # fmt: skip
 
-reading_options = _combined(
+reading_options = combined(
     click.option(
         "--cache", is_flag=True,
         help="Keep what comes from the Hub in the Hugging Face cache; default: the bytes are "
@@ -315,7 +317,7 @@ reading_options = _combined(
     ),
 )  # fmt: skip
 
-machine_options = _combined(
+machine_options = combined(
     click.option(
         "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]",
         help="Where the arithmetic runs, for example cuda:1; auto takes a GPU where there is one "
@@ -334,7 +336,7 @@ machine_options = _combined(
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 debug_option = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-talk_options = _combined(
+talk_options = combined(
     json_option,
     click.option("--quiet", is_flag=True, help="Show no progress and no notes on stderr."),
     debug_option,
@@ -349,7 +351,7 @@ def model_options(*, required: bool, compare: str | None) -> Callable[[Command],
         compare: What the flag is called that asks for the comparison; None offers none.
     """
     comparing = () if compare is None else _compare_options(compare)
-    return _combined(
+    return combined(
         click.option(
             "--model", "model_name", required=required, metavar="PKG.MOD:THING",
             help="Model for the BatchNorm pass and --eval: a module, a class or a factory, for "

@@ -53,8 +53,8 @@ def command(
     """Run the command that a recipe file holds, as --save-recipe writes it or you do.
 
     RECIPE is a TOML file: command (default: average), sources, and sections of options under
-    their names: [selection], [averaging], [model], [search], [machine], [output], [push]. The command works
-    in the folder of the file: paths and code are found from there.
+    their names: [selection], [averaging], [model], [search], [machine], [output], [push]. The
+    command works in the folder of the file: paths and code are found from there.
     """
     file = Path(recipe)
     told = read_recipe(file)

@@ -5,27 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli.options import (
-    averaging_arguments,
-    averaging_options,
-    judging_options,
-    machine_options,
-    model_arguments,
-    model_options,
-    output_options,
-    pipeline_arguments,
-    push_options,
-    reading_options,
-    scheme_options,
-    selection_arguments,
-    selection_options,
-    talk_options,
-)
+from ckptavg.cli.options import scheme_options
 from ckptavg.cli.progress import ProgressBars
 from ckptavg.cli.push import chosen_push, push_and_echo, typed_command
-from ckptavg.cli.recipes import save_recipe, save_recipe_option
-from ckptavg.cli.render import echo_plan, metrics_table, stdout_for_the_result
-from ckptavg.cli.user_code import load_bn_pass
+from ckptavg.cli.recipes import save_recipe
+from ckptavg.cli.render import metrics_table, stdout_for_the_result
+from ckptavg.cli.searching import search_options, show_plan, taken
 
 if TYPE_CHECKING:
     from ckptavg.results import SweepResult
@@ -40,33 +25,22 @@ Examples:
 
 @click.command("sweep", epilog=_EPILOG)
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCES...")
-@output_options
-@push_options
-@selection_options
-@scheme_options
-@judging_options
-@click.option(
-    "--keep",
-    type=click.Choice(["best", "all"]),
-    default="best",
-    show_default=True,
-    help="What is published: the best average as OUT, or each in a directory of its own.",
+@search_options(
+    scheme_options,
+    click.option(
+        "--keep",
+        type=click.Choice(["best", "all"]),
+        default="best",
+        show_default=True,
+        help="What is published: the best average as OUT, or each in a directory of its own.",
+    ),
+    click.option(
+        "--no-singles",
+        is_flag=True,
+        help="Do not judge every checkpoint by itself, only the last one, for comparison.",
+    ),
+    plot="sweep.png",
 )
-@click.option(
-    "--no-singles",
-    is_flag=True,
-    help="Do not judge every checkpoint by itself, only the last one, for comparison.",
-)
-@click.option(
-    "--plot", is_flag=True, help="Add sweep.png, a picture of the table (extra: ckptavg[plots])."
-)
-@averaging_options
-@reading_options
-@model_options(required=False, compare=None)
-@machine_options
-@click.option("--dry-run", is_flag=True, help="Show what would be done; read nothing but headers.")
-@save_recipe_option
-@talk_options
 def command(
     sources: tuple[str, ...],
     output: str,
@@ -90,8 +64,7 @@ def command(
     every single one, as they are and with a BatchNorm pass. OUT is the best average, with
     sweep.json and sweep.csv in it. Judge on validation data: what wins looks better than it is.
     """
-    from ckptavg.average_options import Request
-    from ckptavg.prepare import chosen_schemes, prepared_average
+    from ckptavg.prepare import chosen_schemes
     from ckptavg.processes import is_first_process, started_by_torchrun
     from ckptavg.search.sweep import check_sweep, sweep
 
@@ -99,27 +72,15 @@ def command(
     is_first = is_first_process()
     quiet = quiet or not is_first
     push = chosen_push(options, several=keep == "all", first=is_first)
-    with stdout_for_the_result():
-        evaluation = load_bn_pass(**model_arguments(options))
+    evaluation, arguments = taken(options)
     evaluation = check_sweep(evaluation, schemes, keep, plot=plot)
-    selection, recipe = selection_arguments(options), averaging_arguments(options)
-    arguments = pipeline_arguments(options)
+    judging: dict[str, Any] = {"metric": metric, "mode": mode}
     if is_first:
         save_recipe(save_recipe_as)
     if dry_run:
-        request = Request.of(
-            chosen_schemes(schemes, None), {**selection, **recipe, **arguments},
-            metric=metric, mode=mode,  # type: ignore[arg-type]  # click knows the choices
-        )  # fmt: skip
-        with (
-            stdout_for_the_result(),
-            prepared_average(
-                sources, output, request.recipe, batchnorm=evaluation, **request.preparing
-            ) as prepared,
-        ):
-            pass  # deciding is all
-        if is_first:
-            echo_plan(prepared, output, as_json=as_json, quiet=quiet)
+        talk = {"as_json": as_json, "quiet": quiet}
+        chosen = chosen_schemes(schemes, None)
+        show_plan(sources, output, chosen, evaluation, arguments, judging, talk)
         return
     with stdout_for_the_result(), ProgressBars(quiet=quiet or as_json) as progress:
         found = sweep(
@@ -127,13 +88,10 @@ def command(
             output,
             schemes=schemes,
             evaluation=evaluation,
-            metric=metric,
-            mode=mode,  # type: ignore[arg-type]  # click knows the choices
-            keep=keep,  # type: ignore[arg-type]  # likewise
+            **judging,
+            keep=keep,  # type: ignore[arg-type]  # click knows the choices
             singles=not no_singles,
             plot=plot,
-            **selection,
-            **recipe,
             **arguments,
             distributed=distributed,
             progress=progress,

@@ -10,7 +10,7 @@ from ckptavg.errors import without_token
 from ckptavg.metrics import Judge
 from ckptavg.plan import AveragePlan
 from ckptavg.provenance import json_text
-from ckptavg.results import ComparisonRow, SweepRow
+from ckptavg.results import ComparisonRow, SoupStep, SweepRow
 
 _FORMAT_VERSION = 1
 
@@ -29,10 +29,7 @@ def sweep_files(
         "metric": judge.metric,
         "mode": judge.mode,
         "best": rows[0].name,
-        "checkpoints": [
-            {"source": label, "step": step, "epoch": epoch}
-            for label, step, epoch in zip(plan.labels, plan.steps, plan.epochs, strict=True)
-        ],
+        "checkpoints": _checkpoints(plan),
         "rows": [
             asdict(row)
             | ({"coefficients": coefficients[row.name]} if row.kind == "average" else {})
@@ -40,16 +37,21 @@ def sweep_files(
         ],
         "command": command and without_token(command),
     }
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["name", "kind", "scheme", "n_checkpoints", "bn_pass", *names])
-    for row in rows:
-        values = [row.metrics.get(name, "") for name in names]
-        scheme = row.scheme or ""
-        table.writerow([row.name, row.kind, scheme, row.n_checkpoints, row.bn_pass, *values])
+    header = ["name", "kind", "scheme", "n_checkpoints", "bn_pass", *names]
+    table = [
+        [
+            row.name,
+            row.kind,
+            row.scheme or "",
+            row.n_checkpoints,
+            row.bn_pass,
+            *(row.metrics.get(name, "") for name in names),
+        ]
+        for row in rows
+    ]
     files = {
         "sweep.json": f"{json_text(content)}\n".encode(),
-        "sweep.csv": text.getvalue().encode("utf-8", "backslashreplace"),
+        "sweep.csv": _csv(header, table),
     }
     if plot:
         from ckptavg.plots import sweep_plot
@@ -57,6 +59,60 @@ def sweep_files(
         averages = rows_of(rows, "average")
         files["sweep.png"] = sweep_plot(averages, told_rows(rows, judge)[len(averages) :], judge)
     return files
+
+
+def soup_files(
+    judge: Judge,
+    plan: AveragePlan,
+    steps: Sequence[SoupStep],
+    *,
+    command: str | None,
+    plot: bool,
+) -> dict[str, bytes]:
+    """Return name and content of the files that hold how a soup was made."""
+    names = list(dict.fromkeys(name for step in steps for name in step.metrics))
+    content: dict[str, Any] = {
+        "format_version": _FORMAT_VERSION,
+        "metric": judge.metric,
+        "mode": judge.mode,
+        "checkpoints": _checkpoints(plan),
+        "steps": [asdict(step) for step in steps],
+        "command": command and without_token(command),
+    }
+    header = ["candidate", "accepted", *names, *(f"mean {name}" for name in names)]
+    rows = [
+        [
+            step.candidate,
+            step.accepted,
+            *(step.metrics.get(name, "") for name in names),
+            *(step.mean_metrics.get(name, "") for name in names),
+        ]
+        for step in steps
+    ]
+    files = {
+        "soup.json": f"{json_text(content)}\n".encode(),
+        "soup.csv": _csv(header, rows),
+    }
+    if plot:
+        from ckptavg.plots import soup_plot
+
+        files["soup.png"] = soup_plot(steps, judge)
+    return files
+
+
+def _checkpoints(plan: AveragePlan) -> list[dict[str, Any]]:
+    return [
+        {"source": label, "step": step, "epoch": epoch}
+        for label, step, epoch in zip(plan.labels, plan.steps, plan.epochs, strict=True)
+    ]
+
+
+def _csv(header: Sequence[object], rows: Sequence[Sequence[object]]) -> bytes:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(header)
+    table.writerows(rows)
+    return text.getvalue().encode("utf-8", "backslashreplace")
 
 
 def told_rows(rows: Sequence[SweepRow], judge: Judge) -> list[ComparisonRow]:

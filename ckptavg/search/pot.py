@@ -1,0 +1,191 @@
+"""Running sums on the storage: one more checkpoint costs one read of it, not one of all.
+
+The sum of the checkpoints that were accepted lies in a file of float64 values, in the order of the
+plan's averaged blocks. A candidate is added into a second file, and its mean rounded into a model
+directory; accepting it makes the second file the first.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptavg.average.chunks import nonfinite_error, overflow_error
+from ckptavg.average.floats import decode_to_float64, encode_from_float64
+from ckptavg.average.work import SharedIterator, Sink, run_threads
+from ckptavg.blocks import Action, Chunk
+from ckptavg.errors import OutputError
+from ckptavg.prepare import Prepared
+from ckptavg.writer import reserve
+
+Values = NDArray[np.float64]
+
+_SUM_ITEMSIZE = 8
+_SHARE_OF_CHUNK = 4  # float64 values, sums and what encoding takes are several times the input
+
+
+class Pot:
+    """The sum of some checkpoints, and how to add one more.
+
+    Attributes:
+        count: How many checkpoints are in the sum.
+        current: Which of the two files holds it.
+    """
+
+    def __init__(
+        self, directory: Path, prepared: Prepared, failed: Callable[[OSError], OutputError]
+    ) -> None:
+        """Make the two files, or take them over.
+
+        Args:
+            directory: Where they are.
+            prepared: What is summed, and in what pieces.
+            failed: Makes the error to raise when the storage refuses.
+
+        Raises:
+            OutputError: If there is no room for them.
+        """
+        self.count, self.current = 0, 0
+        self._prepared = prepared
+        plan = prepared.plan
+        self._chunk_nbytes = max(prepared.workspace.chunk_nbytes // _SHARE_OF_CHUNK, 2**16)
+        self._starts: dict[int, int] = {}
+        numel = 0
+        for block in plan.blocks:
+            if block.action is Action.AVERAGE:
+                self._starts[block.block] = numel
+                numel += block.numel
+        self._sums: list[Values] = []
+        for number in (0, 1):
+            path = directory / f"sum-{number}"
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                try:  # a full disk shows now, not as a signal later
+                    if numel:
+                        reserve(descriptor, numel * _SUM_ITEMSIZE)
+                finally:
+                    os.close(descriptor)
+            except OSError as error:
+                raise failed(error) from error
+            self._sums.append(
+                np.memmap(path, np.float64, "r+", shape=(numel,)) if numel else np.empty(0)
+            )
+
+    def stir(self, index: int, sink: Sink | None, progress: Callable[[int], None]) -> None:
+        """Read a checkpoint once; put the sum with it aside, and write its mean into a sink.
+
+        Args:
+            index: Number of the checkpoint.
+            sink: Where the mean goes, rounded once; None writes none.
+            progress: Called with bytes read, from one thread at a time.
+
+        Raises:
+            IncompatibleCheckpointsError: If a value is not finite, or a mean does not fit.
+            CheckpointError: If it cannot be read.
+            OutputError: If the storage refuses.
+        """
+        checkpoint = self._prepared.checkpoints[index]
+
+        def work(chunk: Chunk, place: slice) -> None:
+            raw = np.empty(chunk.nbytes, np.uint8)
+            checkpoint.read_into(chunk.pieces, raw.data)
+            values = decode_to_float64(raw, chunk.dtype)
+            before = self._sums[self.current][place] if self.count else None
+            self._check_finite(index, chunk, values, before)
+            total = values if before is None else values + before
+            self._sums[1 - self.current][place] = total
+            if sink is not None:
+                self._write(chunk, total, self.count + 1, sink)
+
+        self._for_each_chunk(work, progress)
+
+    def accept(self) -> None:
+        """Make what was stirred in last part of the sum; it is on the storage then."""
+        other = self._sums[1 - self.current]
+        if isinstance(other, np.memmap):
+            other.flush()
+        self.current = 1 - self.current
+        self.count += 1
+
+    def pour(self, sink: Sink, finished: Callable[[int], None]) -> None:
+        """Write the mean of the sum into a sink; ``finished`` is told each block that is done."""
+
+        def work(chunk: Chunk, place: slice) -> None:
+            self._write(chunk, np.array(self._sums[self.current][place]), self.count, sink)
+
+        self._for_each_chunk(work, lambda done: None)
+        for block in self._starts:
+            finished(block)
+
+    def _for_each_chunk(
+        self, work: Callable[[Chunk, slice], None], progress: Callable[[int], None]
+    ) -> None:
+        plan = self._prepared.plan
+        chunks = SharedIterator(iter(plan.chunks(self._chunk_nbytes, list(self._starts))))
+        positions, lock = dict(self._starts), Lock()
+
+        def placed() -> tuple[Chunk, slice] | None:
+            with lock:
+                chunk = next(chunks, None)
+                if chunk is None:
+                    return None
+                start = positions[chunk.block]
+                positions[chunk.block] = start + chunk.numel
+                progress(chunk.nbytes)
+                return chunk, slice(start, start + chunk.numel)
+
+        @np.errstate(all="ignore")  # what is not finite is looked for
+        def run() -> None:
+            while (item := placed()) is not None:
+                work(*item)
+
+        run_threads([run] * self._prepared.workspace.n_threads, stop=chunks.stop)
+
+    def _check_finite(
+        self, index: int, chunk: Chunk, values: Values, before: Values | None
+    ) -> None:
+        """Refuse what is not finite, unless it is an infinity that all have, as in masks."""
+        plan = self._prepared.plan
+        odd = ~np.isfinite(values)
+        if before is not None:
+            odd |= ~np.isfinite(before)
+        if plan.recipe.allow_nonfinite or not odd.any():
+            return
+        shared = np.isinf(values) if before is None else np.isinf(values) & (values == before)
+        bad = odd & ~shared
+        if bad.any():
+            name = _name_at(chunk, int(np.flatnonzero(bad)[0]))
+            raise nonfinite_error(plan, self._prepared.checkpoints, index, name)
+
+    def _write(self, chunk: Chunk, total: Values, count: int, sink: Sink) -> None:
+        mean = total / count
+        bits = encode_from_float64(mean, chunk.output_dtype)
+        if not self._prepared.plan.recipe.allow_nonfinite:
+            narrowed = decode_to_float64(bits.view(np.uint8), chunk.output_dtype)
+            lost = np.isfinite(mean) & ~np.isfinite(narrowed)
+            if lost.any():
+                name = _name_at(chunk, int(np.flatnonzero(lost)[0]))
+                raise overflow_error(name, chunk.output_dtype)
+        data = bits.view(np.uint8).data
+        for shard, offset in chunk.destinations:
+            sink.write(shard, offset, data)
+
+
+def _name_at(chunk: Chunk, element: int) -> str:
+    """Return the tensor that an element of a chunk belongs to."""
+    for name, start, stop in chunk.pieces:
+        numel = (stop - start) // chunk.dtype.itemsize
+        if element < numel:
+            return name
+        element -= numel
+    raise AssertionError("an element of a chunk is in one of its pieces")
+
+
+def emptied(directory: Path) -> Path:
+    """Return a directory that is not there, removing what is."""
+    shutil.rmtree(directory, ignore_errors=True)
+    return directory
