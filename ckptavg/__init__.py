@@ -56,10 +56,13 @@ if TYPE_CHECKING:
         StageTimes,
         SweepResult,
         SweepRow,
+        Trial,
+        TuneResult,
     )
     from ckptavg.schemes import Scheme, SchemeKind, list_schemes, parse_scheme, parse_schemes
     from ckptavg.search.soup import greedy_soup
     from ckptavg.search.sweep import sweep
+    from ckptavg.search.tune import tune
     from ckptavg.selection import Selection
     from ckptavg.tensors import HubRevision, PushResult
     from ckptavg.verify import VerifiedFile, VerifiedSource, VerifyResult, verify_output
@@ -107,6 +110,8 @@ _HOME = {
     "SweepResult": "results",
     "SweepRow": "results",
     "TensorDifference": "rerun",
+    "Trial": "results",
+    "TuneResult": "results",
     "UsageError": "errors",
     "VerificationError": "errors",
     "VerifiedFile": "verify",
@@ -127,6 +132,7 @@ _HOME = {
     "recompute_bn": "pipeline",
     "recompute_bn_stats": "batchnorm",
     "sweep": "search.sweep",
+    "tune": "search.tune",
     "verify_output": "verify",
 }
 
@@ -172,6 +178,8 @@ __all__ = [
     "SweepResult",
     "SweepRow",
     "TensorDifference",
+    "Trial",
+    "TuneResult",
     "UsageError",
     "VerificationError",
     "VerifiedFile",
@@ -193,6 +201,7 @@ __all__ = [
     "recompute_bn",
     "recompute_bn_stats",
     "sweep",
+    "tune",
     "verify_output",
 ]
 

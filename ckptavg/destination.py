@@ -58,7 +58,7 @@ def check_destination(
         if not overwrite:
             raise OutputError(f"{output}: already exists; pass --overwrite to replace it")
         check_replaceable(output)
-    parent = _existing_parent(where)
+    parent = existing_parent(where)
     if not parent.is_dir():
         raise OutputError(f"{output}: {parent} is not a directory")
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -118,7 +118,8 @@ def _written_names(output: Path) -> set[str]:
     return {PurePath(name).parts[0] for name in side_files if isinstance(name, str) and name}
 
 
-def _existing_parent(path: Path) -> Path:
+def existing_parent(path: Path) -> Path:
+    """Return the nearest directory above a path that is there."""
     parent = path.parent
     while not parent.exists():
         parent = parent.parent

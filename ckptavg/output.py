@@ -231,6 +231,8 @@ class OutputDirectory:
             OutputError: If the storage refuses.
         """
         kept = self.models[index]
+        if kept.directory == self.partial:  # the only one
+            return
         aside = self.partial / ".kept"
         try:
             for model in self.models:

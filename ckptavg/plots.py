@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ckptavg.errors import UsageError
 from ckptavg.metrics import Judge
-from ckptavg.results import ComparisonRow, SoupStep, SweepRow
+from ckptavg.results import ComparisonRow, SoupStep, SweepRow, Trial
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -123,6 +123,47 @@ def soup_plot(steps: Sequence[SoupStep], judge: Judge) -> bytes:
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
+    return _png(figure)
+
+
+def tune_plot(trials: Sequence[Trial], judge: Judge) -> bytes:
+    """Draw a search over coefficients: what was tried, the best so far, the best coefficients.
+
+    Args:
+        trials: In the order of trying; the first is the uniform mean.
+        judge: The metric.
+
+    Returns:
+        A PNG image.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    course, weights = figure.subplots(1, 2)
+    values = [judge.value(trial.metrics) for trial in trials]
+    places = range(1, len(trials) + 1)
+    best = [0]
+    for at in range(1, len(trials)):
+        better = judge.is_better(trials[at].metrics, trials[best[-1]].metrics)
+        best.append(at if better else best[-1])
+    course.plot(places, values, ".", color=_BLACK, label="tried")
+    course.step(places, [values[at] for at in best], where="post", color=_BLUE, label="best so far")
+    course.axhline(values[0], color=_ORANGE, linestyle="--", label="uniform mean")
+    direction = "lower is better" if judge.mode == "min" else "higher is better"
+    course.set_xlabel("average tried")
+    course.set_ylabel(f"{judge.metric} ({direction})")
+    chosen = trials[best[-1]].coefficients
+    numbers = range(1, len(chosen) + 1)
+    weights.bar(numbers, chosen, color=_BLUE, label="best")
+    weights.axhline(1 / len(chosen), color=_ORANGE, linestyle="--")
+    weights.set_xlabel("checkpoint, oldest first")
+    weights.set_ylabel("coefficient")
+    for panel in (course, weights):
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    course.legend(fontsize="small", frameon=False)
     return _png(figure)
 
 

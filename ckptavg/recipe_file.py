@@ -34,7 +34,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
         "train-mode", "amp", "channels-last", "compile", "seed", "allow-unreached",
         "data-per-process",
     ),
-    "search": ("no-singles", "keep", "plot"),
+    "search": ("no-singles", "keep", "plot", "trials", "search-seed"),
     "machine": ("device", "memory", "io-threads", "cache"),
     "output": ("output", "overwrite", "output-format", "max-shard-size", "no-code"),
     "push": ("push", "private", "card"),

@@ -273,6 +273,40 @@ class SoupResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One average that a search over coefficients tried.
+
+    Attributes:
+        coefficients: One a checkpoint, oldest first; they sum to 1.
+        metrics: What the evaluation says of the average.
+    """
+
+    coefficients: tuple[float, ...]
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneResult:
+    """The best of many averages whose coefficients were searched.
+
+    Attributes:
+        metric: What decided.
+        mode: ``min`` or ``max``.
+        trials: All that were tried, in order; the first is the uniform mean.
+        best: The best of them.
+        result: What was published: that average.
+        files: The evidence, as files in the output: ``tune.json``, ...
+    """
+
+    metric: str
+    mode: Literal["min", "max"]
+    trials: tuple[Trial, ...]
+    best: Trial
+    result: AverageResult
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunCheckpoint:
     """What is known of one checkpoint in a run directory.
 

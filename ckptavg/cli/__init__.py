@@ -29,6 +29,7 @@ _COMMANDS = {
     "recompute-bn": "ckptavg.cli.recompute_bn",
     "sweep": "ckptavg.cli.sweep",
     "soup": "ckptavg.cli.soup",
+    "tune": "ckptavg.cli.tune",
     "inspect": "ckptavg.cli.inspect",
     "push": "ckptavg.cli.push",
     "run": "ckptavg.cli.run_recipe",

@@ -10,7 +10,7 @@ from ckptavg.errors import without_token
 from ckptavg.metrics import Judge
 from ckptavg.plan import AveragePlan
 from ckptavg.provenance import json_text
-from ckptavg.results import ComparisonRow, SoupStep, SweepRow
+from ckptavg.results import ComparisonRow, SoupStep, SweepRow, Trial
 
 _FORMAT_VERSION = 1
 
@@ -97,6 +97,40 @@ def soup_files(
         from ckptavg.plots import soup_plot
 
         files["soup.png"] = soup_plot(steps, judge)
+    return files
+
+
+def tune_files(
+    judge: Judge,
+    plan: AveragePlan,
+    trials: Sequence[Trial],
+    *,
+    command: str | None,
+    plot: bool,
+) -> dict[str, bytes]:
+    """Return name and content of the files that hold a search over coefficients."""
+    names = list(dict.fromkeys(name for trial in trials for name in trial.metrics))
+    content: dict[str, Any] = {
+        "format_version": _FORMAT_VERSION,
+        "metric": judge.metric,
+        "mode": judge.mode,
+        "checkpoints": _checkpoints(plan),
+        "trials": [asdict(trial) for trial in trials],
+        "command": command and without_token(command),
+    }
+    header = ["trial", *names, *(f"coefficient {label}" for label in plan.labels)]
+    rows = [
+        [number, *(trial.metrics.get(name, "") for name in names), *trial.coefficients]
+        for number, trial in enumerate(trials, 1)
+    ]
+    files = {
+        "tune.json": f"{json_text(content)}\n".encode(),
+        "tune.csv": _csv(header, rows),
+    }
+    if plot:
+        from ckptavg.plots import tune_plot
+
+        files["tune.png"] = tune_plot(trials, judge)
     return files
 
 

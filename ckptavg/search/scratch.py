@@ -44,10 +44,11 @@ class Scratch:
         self._lock = -1
         self._log_path = self.path / "log.jsonl"
         self._n_entries = 0
+        self._made_parents: list[Path] = []
 
     def __enter__(self) -> Self:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_parents()
             lock = open_lock(self._lock_path)
             if lock is None:
                 raise OutputError(f"{self._shown}: the same search is under way at this moment")
@@ -79,7 +80,19 @@ class Scratch:
             shutil.rmtree(self.path, ignore_errors=True)
             with suppress(OSError):
                 self._lock_path.unlink()
+            with suppress(OSError):  # the first that holds something else ends it
+                for parent in reversed(self._made_parents):
+                    parent.rmdir()
         os.close(self._lock)
+
+    def _make_parents(self) -> None:
+        missing, parent = [], self.path.parent
+        while not parent.exists():
+            missing.append(parent)
+            parent = parent.parent
+        for one in reversed(missing):
+            one.mkdir(exist_ok=True)
+            self._made_parents.append(one)
 
     def note(self, entry: Mapping[str, Any]) -> None:
         """Add an entry to the log, and bring it to the storage.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +13,18 @@ from typing import Any, Literal, Unpack, get_args
 from ckptavg._version import __version__
 from ckptavg.average_options import AverageOptions, Request
 from ckptavg.checkpoint import Checkpoint
+from ckptavg.destination import existing_parent
 from ckptavg.errors import UsageError
 from ckptavg.evaluation_log import EvaluationLog, judge_text
 from ckptavg.journal import EVALUATIONS_NAME
 from ckptavg.metrics import Judge, Mode, best_mode
 from ckptavg.output import OutputDirectory
 from ckptavg.pipeline import average_checkpoints
+from ckptavg.plan import AveragePlan
 from ckptavg.prepare import Prepared, chosen_schemes
 from ckptavg.processes import joined_processes
 from ckptavg.provenance import weight_file_metadata
-from ckptavg.results import BnPass, SweepResult
+from ckptavg.results import BnPass, SweepResult, SweepRow
 from ckptavg.schemes import Scheme
 from ckptavg.search.contest import Contest
 from ckptavg.search.evidence import sweep_files, told_rows, verdict
@@ -39,6 +41,7 @@ from ckptavg.steps import (
 )
 
 Keep = Literal["best", "all"]
+Controls = Literal["all", "last", "none"]
 
 
 def sweep(
@@ -83,11 +86,43 @@ def sweep(
         ModelError: If the evaluation fails.
         CkptavgError: As ``average_checkpoints`` does.
     """
-    started = time.perf_counter()
-    output = Path(output)
     evaluation = check_sweep(evaluation, schemes, keep, plot=plot)
     request = Request.of(chosen_schemes(schemes, None), options, metric=metric, mode=mode)
     judge = Judge(metric, mode)
+    controls: Controls = "all" if singles else "last"
+
+    def files(plan: AveragePlan, rows: Sequence[SweepRow]) -> dict[str, bytes]:
+        return sweep_files(judge, plan, rows, command=request.command, plot=plot)
+
+    return contested(
+        sources, Path(output), request, evaluation, judge, files, keep=keep, controls=controls
+    )
+
+
+def contested(
+    sources: Source | Sequence[Source],
+    output: Path,
+    request: Request,
+    evaluation: BnPass,
+    judge: Judge,
+    evidence: Callable[[AveragePlan, Sequence[SweepRow]], dict[str, bytes]],
+    *,
+    keep: Keep,
+    controls: Controls,
+) -> SweepResult:
+    """Make the averages of a request from one read, judge them, and publish.
+
+    Args:
+        sources: As in ``average_checkpoints``.
+        output: Likewise.
+        request: What to average, and how.
+        evaluation: Who judges.
+        judge: What decides.
+        evidence: Returns the files to publish along, from the plan and all rows, best first.
+        keep: ``best`` or ``all``.
+        controls: Which checkpoints are judged by themselves.
+    """
+    started = time.perf_counter()
     with joined_processes(distributed=request.distributed) as processes, ExitStack() as stack:
         prepared = prepare_together(
             processes, stack, sources, output, request.recipe,
@@ -111,11 +146,11 @@ def sweep(
             judge=judge,
             progress=request.progress,
             by_command=lambda checkpoint, judge: _judged_by_command(
-                checkpoint, judge, output, options
+                checkpoint, judge, output, request.preparing
             ),
         )
-        # first what shows whether the evaluation works at all
-        contest.judge_checkpoint(prepared.checkpoints[-1], "last")
+        if controls != "none":  # first what shows whether the evaluation works at all
+            contest.judge_checkpoint(prepared.checkpoints[-1], "last")
         before = enter_together(processes, stack, directory)
         if processes.size == 1:
             contest.log = EvaluationLog(
@@ -125,7 +160,7 @@ def sweep(
         averaged = average_together(processes, prepared, directory, before, request.progress)
         average_seconds = time.perf_counter() - averaging
         contest.judge_averages(directory)
-        if singles:
+        if controls == "all":
             for checkpoint in prepared.checkpoints:
                 contest.judge_checkpoint(checkpoint, "single")
         best, rows = contest.best, contest.rows()
@@ -137,7 +172,7 @@ def sweep(
             *(note for at in kept for note in report_notes(outcomes[at].report)),
         ]  # fmt: skip
         notes = list(dict.fromkeys(notes))
-        files = sweep_files(judge, plan, rows, command=request.command, plot=plot)
+        files = evidence(plan, rows)
         publishing = time.perf_counter()
 
         def publish() -> None:
@@ -224,10 +259,10 @@ def _judged_by_command(
     source = checkpoint.hub or SingleCheckpoint(checkpoint.label)
     kept = (
         "state_key", "strip_prefixes", "keep_prefix", "device", "memory_budget_bytes", "n_threads",
-        "max_shard_bytes", "output_format", "include_code", "cache", "progress",
+        "max_shard_bytes", "output_format", "include_code", "cache",
     )  # fmt: skip
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
+    parent = existing_parent(output)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=parent) as scratch:
         result = average_checkpoints(
             [source],
             Path(scratch, "model"),
