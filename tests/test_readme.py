@@ -49,11 +49,14 @@ def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         tensors = {"w": torch.ones(3), "v": torch.ones(1)}
         save_checkpoint(Path(f"runs/exp7/checkpoint-{step}"), tensors, "sharded safetensors")
     examples = [block for block in blocks("python") if "import ckptavg" in block]
-    assert len(examples) == 3
+    assert len(examples) == 4
+    Path("evaluate").write_text("#!/bin/sh\necho '{\"accuracy\": 0.5}'\n")
+    Path("evaluate").chmod(0o755)
     for example in examples:
         exec(compile(example, "README.md", "exec"), {})
     assert Path("averaged/model.safetensors").exists()
     assert Path("averages/uniform-last2/model.safetensors").exists()
+    assert Path("best/sweep.json").exists()
 
 
 def test_the_recipe_in_the_readme_is_one() -> None:
@@ -65,7 +68,13 @@ def test_the_recipe_in_the_readme_is_one() -> None:
 
 
 def test_files_and_names_the_readme_points_to_are_there() -> None:
-    for path in ("examples/quickstart.py", "ckptavg/pipeline.py", ".ci/run", "LICENSE"):
+    for path in (
+        "examples/quickstart.py",
+        "examples/mnist1d_sweep.py",
+        "ckptavg/pipeline.py",
+        ".ci/run",
+        "LICENSE",
+    ):
         assert (ROOT / path).exists()
         assert path in README or path == "LICENSE"
 
