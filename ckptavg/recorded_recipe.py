@@ -138,7 +138,9 @@ def _is_absent(value: object) -> bool:
 def _member(output: OutputPlan) -> str:
     """Return the name of an output among those of its scheme; empty where that makes only one."""
     names, statistic = output_names((output.scheme,)), output.row.statistic
-    return names[statistic.sample - 1] if isinstance(statistic, GaussianNoise) else names[0]
+    if len(names) == 1 or not isinstance(statistic, GaussianNoise):
+        return names[0]
+    return names[statistic.sample - 1]
 
 
 def _torch_threads() -> int:
