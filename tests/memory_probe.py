@@ -19,9 +19,11 @@ def watched(seen):
             seen.largest = max(seen.largest, anonymous())
     thread = threading.Thread(target=watch)
     thread.start()
-    yield
-    done.set()
-    thread.join()
+    try:
+        yield
+    finally:  # else an error would leave the process waiting for the thread
+        done.set()
+        thread.join()
     seen.largest = max(seen.largest, anonymous())
 
 def here():

@@ -8,6 +8,7 @@ import pytest
 
 from ckptavg.coefficients import CoefficientRow, GaussianNoise, Trimmed
 from ckptavg.plan import AveragePlan, OutputPlan, plan_average
+from ckptavg.schemes import Scheme
 
 GiveRows = Callable[..., None]
 
@@ -38,13 +39,21 @@ def with_rows(plan: AveragePlan, rows: Sequence[CoefficientRow]) -> AveragePlan:
     outputs = tuple(
         OutputPlan(
             name=f"out{number}" if len(rows) > 1 else "",
-            scheme=plan.outputs[0].scheme,
+            scheme=_scheme_of(row),
             row=row,
             take_from=row.used[-1],
         )
         for number, row in enumerate(rows)
     )
     return replace(plan, outputs=outputs)
+
+
+def _scheme_of(row: CoefficientRow) -> Scheme:
+    """Return a scheme that has an output for such a row: its samples are told by number."""
+    noise = row.statistic
+    if isinstance(noise, GaussianNoise):
+        return Scheme(name="swag", samples=max(noise.sample, 1))
+    return Scheme()
 
 
 @pytest.fixture

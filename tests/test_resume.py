@@ -106,7 +106,7 @@ def test_it_is_continued_with_other_memory_threads_and_several_times(
 ) -> None:
     average_checkpoints(sources, tmp_path / "whole")
     interrupted(sources, tmp_path / "out", after=3)
-    (told,) = interrupted(sources, tmp_path / "out", after=3, memory_budget_bytes=8 * 2**20)
+    (told,) = interrupted(sources, tmp_path / "out", after=3, memory_budget_bytes=10 * 2**20)
     assert told.startswith("60 %")
     average_checkpoints(sources, tmp_path / "out", n_threads=3)
     one, other = (tmp_path / each / "model.safetensors" for each in ("whole", "out"))
