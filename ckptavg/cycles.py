@@ -168,7 +168,8 @@ def last_plateau(reading: Reading) -> Plateau | None:
             stretches.append((sample, sample))
     for begin, end in reversed(stretches):
         # nothing is known to differ before the first sample
-        low = max(begin.when - 1, 0) if begin is reading.samples[0] else begin.when
+        is_open = begin is reading.samples[0] and end.when > begin.when
+        low = max(begin.when - 1, 0) if is_open else begin.when
         inside = [number for number, at in enumerate(reading.used) if low <= at <= end.when]
         if len(inside) > 1 and begin.rate > 0:
             return Plateau(tuple(inside), begin.rate)
@@ -251,7 +252,17 @@ def _rate_at(reading: Reading, index: int, begin: int, end: int) -> float | None
 
 
 def _is_restart(reading: Reading, left: Sample, right: Sample, begin: int) -> bool:
-    """Tell whether the rate jumped to its peak with a sample; ``begin`` is of the peak before."""
+    """Tell whether the rate jumped to its peak with a sample; ``begin`` is of the peak before.
+
+    Where nothing but sparse samples tells the peak, the highest of them may lie as many updates
+    after a restart as the first sample lies after the start: then it is the first, too, or that is
+    not known.
+    """
+    first, gap = reading.samples[0], right.when - left.when
+    if reading.peak is None and gap > 1 and not reading.is_of_checkpoints:
+        is_below = first.rate < reading.highest * (1 - _AT_PEAK)
+        if first.when > 0 and not (is_below and first.when <= gap):
+            return False
     peak = max(reading.highest, reading.peak or 0.0)
     is_short = (right.when - left.when) * _RESTART_GAPS <= right.when - begin
     return right.rate >= peak * (1 - _AT_PEAK) and (is_short or not reading.is_gradual)

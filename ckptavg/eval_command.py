@@ -5,6 +5,7 @@ It runs through the shell, sees the directory in place of ``{model}``, and print
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -41,6 +42,11 @@ class EvalCommand:
                 f"the evaluation command '{self.command}' does not say where the model goes: put "
                 f"{_PLACE} there (--eval-command 'python my_eval.py {_PLACE}')"
             )
+        if re.search(r"""["']{model}|{model}["']""", self.command):
+            raise UsageError(
+                f"the evaluation command '{self.command}' has quotes around {_PLACE}: leave them "
+                "out, the path is quoted already"
+            )
 
     def evaluated(self, directory: Path) -> dict[str, float]:
         """Run the command on a model directory and return its metrics; one is ``metric``.
@@ -64,7 +70,7 @@ class EvalCommand:
         for name in sorted(after.keys() - before.keys(), reverse=True):  # caches, results
             path = directory / name
             with suppress(OSError):
-                path.rmdir() if path.is_dir() else path.unlink()
+                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
         metrics = dict(_numbers(_value(printed)))
         if not metrics:
             raise ModelError(
@@ -101,8 +107,8 @@ def _contents(directory: Path) -> dict[str, tuple[int, int]]:
     """Return what is in a directory: name -> size and modification time; 0 for directories."""
     return {
         str(path.relative_to(directory)): (0, 0)
-        if path.is_dir()
-        else (path.stat().st_size, path.stat().st_mtime_ns)
+        if path.is_dir() and not path.is_symlink()
+        else (path.lstat().st_size, path.lstat().st_mtime_ns)
         for path in directory.rglob("*")
     }
 

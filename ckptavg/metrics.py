@@ -21,6 +21,8 @@ _HIGH = re.compile(
 )
 _HIGH_BY_ITSELF = re.compile(r"top\d|exact|match", re.IGNORECASE)  # not in top1_err
 
+_TURNED = re.compile(r"neg(ative)?|minus|inv(erse)?", re.IGNORECASE)  # of scikit-learn
+
 
 def best_mode(name: str, mode: Mode | None = None) -> Mode:
     """Return whether a metric is best when small or when large.
@@ -38,7 +40,7 @@ def best_mode(name: str, mode: Mode | None = None) -> Mode:
     words += re.split(r"[^a-zA-Z0-9]+|(?<=[a-z])(?=[A-Z])", name)
     low, high = any(map(_LOW.fullmatch, words)), any(map(_HIGH.fullmatch, words))
     high = high or (not low and any(map(_HIGH_BY_ITSELF.fullmatch, words)))
-    if low == high:
+    if low == high or any(map(_TURNED.fullmatch, words)):
         raise UsageError(
             f"whether '{name}' is best when small or when large, its name does not tell; say it "
             "with --mode min or --mode max"
@@ -63,12 +65,16 @@ def chosen_metric(names: Iterable[str], metric: str | None) -> str:
     if metric is None:
         if len(there) == 1:
             return there[0]
+        if not there:
+            raise UsageError("no metric is on record")
         raise UsageError(f"which metric decides? Say it with --metric: {', '.join(there)}")
     if metric in there:
         return metric
     close = difflib.get_close_matches(metric, there, n=1)
     hint = f"; did you mean '{close[0]}'?" if close else ""
-    raise UsageError(f"there is no metric '{metric}', but {', '.join(there) or 'none'}{hint}")
+    if not there:
+        raise UsageError(f"there is no metric '{metric}': none is on record")
+    raise UsageError(f"there is no metric '{metric}', but {', '.join(there)}{hint}")
 
 
 @dataclass

@@ -224,9 +224,9 @@ def average_checkpoints(
             *plan.notes, *prepared.notes, *directory.notes, *averaged.notes,
             *(note for one in outcomes if one is not None for note in report_notes(one.report)),
         )  # fmt: skip
-        publishing = time.perf_counter()
         processes.first(lambda: complete_all(prepared, directory))
         outcomes = evaluate_by_command(processes, batchnorm, directory, outcomes)
+        publishing = time.perf_counter()
         processes.first(
             lambda: finish(prepared, directory, averaged, list(notes), outcomes, command)
         )

@@ -278,7 +278,7 @@ def _by_first_row(points: Sequence[tuple[int, float]], *, is_epoch: bool) -> Rec
     if rates[0] >= high > rates[1]:
         return "used"
     second = rates[jumps[0] + 1]
-    return "next" if abs(rates[0] - second) <= _EQUAL * second < high else None
+    return "next" if abs(rates[0] - second) <= _EQUAL * second and second < high else None
 
 
 def _scheduler(one: Saved) -> SchedulerState | None:

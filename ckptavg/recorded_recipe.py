@@ -201,6 +201,12 @@ class _Named:
         return {option: self.name, **argument_entry(f"{option}-arg", self.arguments)}
 
 
+def importable_name(thing: object) -> str | None:
+    """Return what tells a thing of the user's from others; None where its name does not."""
+    found = _name_of(thing)
+    return None if isinstance(found, str) else repr((found.name, sorted(found.arguments.items())))
+
+
 def _name_of(thing: object) -> _Named | str:
     """Return what a recipe calls a thing given in Python, or say what it is if it cannot."""
     arguments: Mapping[str, Any] = {}

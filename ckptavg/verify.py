@@ -1,6 +1,7 @@
 """Whether an output is still what its provenance says: its files, its sources, its bits."""
 
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -22,6 +23,10 @@ from ckptavg.tensors import HubRevision
 
 FileState = Literal["as written", "changed", "missing"]
 SourceState = Literal["unchanged", "changed", "missing", "not checked"]
+
+
+_REWRITTEN = "was written again since it was read"
+_WEIGHTS = re.compile(r"\.(safetensors|pt|bin)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,15 +170,18 @@ def _verified(
     problems = [f"{one.name} {one.reason}" for one in files if one.state != "as written"]
     whole = {one.name for one in files if one.state == "as written"}
     problems += _contradictions(output, told, whole)
-    problems += [
-        f"the source {one.source} {one.reason}" for one in sources if one.state == "changed"
-    ]
     notes = [
         f"the source {one.source} {one.reason}"
         for one in sources
         if one.state in ("missing", "not checked")
     ]
-    unlisted = _unlisted(output, {one["name"] for one in listed})
+    names = {one["name"] for one in listed}
+    unlisted = _unlisted(output, names)
+    made = {*told["output"]["shards"], *told["output"]["side_files"]}
+    problems += [
+        f"{name} is not vouched for: {PROVENANCE_NAME} lists no hash of it"
+        for name in sorted(made - names | {one for one in unlisted if _WEIGHTS.search(one)})
+    ]
     if unlisted:
         notes.append(f"not written by ckptavg: {', '.join(unlisted)}")
     notes += _other_versions(told)
@@ -197,6 +205,12 @@ def _verified(
             ]
             if code and problems and "seed" not in recipe["model"]:
                 notes.append("data that is shuffled without --seed differs from run to run")
+    # of the same size, it may be a copy: bits decide
+    is_same = reproduced is not None and all(one.is_identical for one in reproduced)
+    for one in sources:
+        if one.state == "changed":
+            told_of = notes if is_same and one.reason == _REWRITTEN else problems
+            told_of.append(f"the source {one.source} {one.reason}")
     return VerifyResult(
         output=output,
         files=tuple(files),
@@ -320,7 +334,7 @@ def _verified_locally(told: Mapping[str, Any], base: Path) -> VerifiedSource:
             state = "changed"
             reason = f"has changed: {found.st_size} bytes, {file['nbytes']} when it was read"
         elif found.st_mtime_ns != file["mtime_ns"] and reason is None:
-            state, reason = "changed", "was written again since it was read"
+            state, reason = "changed", _REWRITTEN
     return VerifiedSource(source=source, state=state, reason=reason)
 
 
@@ -373,7 +387,7 @@ def _obstacles(
     obstacles += [
         f"the source {one.source} {one.reason}"
         for one in sources
-        if one.state in ("changed", "missing")
+        if one.state == "missing" or (one.state == "changed" and one.reason != _REWRITTEN)
     ]
     if not base.is_dir():
         obstacles.append(f"{base}, where it was made, is not there")

@@ -78,6 +78,30 @@ def test_minima_are_found_by_a_log_of_steps_and_rates(recorded: str, every: int)
 
 
 @pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("steps", [range(27, 800, 25), range(4, 800, 4)])
+def test_restarts_between_the_rows_of_a_sparse_log_lead_to_no_maximum(steps: range) -> None:
+    run_of(steps)
+    write_csv("log.csv", [{"step": n, "lr": cosine(n - 1, 100)} for n in range(10, 801, 10)])
+    for recorded in ("used", None):
+        try:
+            taken = steps_of(at_lr_minima=True, log="log.csv", lr_recorded=recorded)
+        except SourceError:  # to be refused is right, too
+            continue
+        assert [step for step in taken if step and cosine(step - 1, 100) > 0.1] == []
+
+
+@pytest.mark.usefixtures("here")
+def test_two_rates_at_the_peak_do_not_make_a_log_one_of_the_next_update() -> None:
+    run_of(range(1, 41))
+    rates = ([0.1] * 8 + [0.001] * 2) * 4
+    write_csv("log.csv", [{"step": n, "lr": rate} for n, rate in enumerate(rates, 1)])
+    with pytest.raises(SourceError, match="--lr-recorded used"):
+        steps_of(at_lr_minima=True, log="log.csv")
+    taken = steps_of(at_lr_minima=True, log="log.csv", lr_recorded="used")
+    assert taken == [10, 20, 30, 40]
+
+
+@pytest.mark.usefixtures("here")
 def test_a_warm_up_is_no_cycle_and_an_unfinished_one_is_left_out() -> None:
     run_of(range(50, 751, 50))
     rates = [n / 100 if n < 100 else cosine(n - 100, 200) for n in range(750)]

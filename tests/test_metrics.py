@@ -68,7 +68,7 @@ def test_an_unknown_metric_is_refused_with_those_that_are_there() -> None:
     assert chosen_metric(["acc", "loss"], "loss") == "loss"
     assert chosen_metric(["loss"], None) == "loss"
     for there, message in (
-        ([], "there is no metric 'los', but none"),
+        ([], "there is no metric 'los': none is on record"),
         (["loss", "acc"], "there is no metric 'los', but loss, acc; did you mean 'loss'?"),
         (["acc", "f1"], "there is no metric 'los', but acc, f1"),
     ):

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from ckptavg import (
     BnPass,
-    CkptavgError,
     EvalCommand,
     IncompatibleCheckpointsError,
     ModelError,
@@ -38,6 +37,7 @@ from ckptavg import (
 )
 from ckptavg.checkpoint.stored import StoredCheckpoint
 from ckptavg.cli import run
+from ckptavg.live_model import LiveModel
 from ckptavg.tensors import Piece
 
 TARGET = 3.0
@@ -53,6 +53,10 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.bn(self.linear(x))
         return out
+
+
+def batches() -> list[Tensor]:
+    return BATCHES
 
 
 def save_run(folder: Path, weights: Sequence[float], layout: str = "safetensors") -> list[Path]:
@@ -73,7 +77,7 @@ def distance(model: nn.Module) -> dict[str, float]:
 def soup(
     sources: list[Path], evaluate: Callable[[nn.Module], Any] = distance, **options: Any
 ) -> SoupResult:
-    evaluation = BnPass(model=Net, batches=BATCHES, evaluate=evaluate)
+    evaluation = BnPass(model=Net, batches=batches, evaluate=evaluate)
     settings: dict[str, Any] = {"evaluation": evaluation} | options
     return greedy_soup(sources, sources[0].parent / "out", **settings)
 
@@ -120,8 +124,9 @@ def test_candidates_stay_as_long_as_the_mean_does_not_get_worse(
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert weights["linear.weight"].tolist() == [[3.25, 3.25]]
     assert weights["bn.running_mean"].item() == pytest.approx(6 * 3.25)
-    assert found.result.outputs[0].coefficients == (0, 0.5, 0.5, 0)
-    assert found.result.outputs[0].metrics == {"error": 0.25}
+    (output,) = found.result.outputs
+    assert list(output.coefficients) == [0, 0.5, 0.5, 0]
+    assert output.metrics == {"error": 0.25}
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -248,7 +253,7 @@ def test_twenty_checkpoints_are_read_twice_each_at_most(
 def command(folder: Path) -> EvalCommand:
     (folder / "judge.py").write_text(
         "import sys\n"
-        "from safetensors.torch import load_file\n"
+        "from safetensors.numpy import load_file\n"
         "weight = load_file(sys.argv[1] + '/model.safetensors')['linear.weight'].mean().item()\n"
         f"print('{{\"error\": %r}}' % abs(weight - {TARGET}))\n"
     )
@@ -308,7 +313,8 @@ def test_infinities_that_all_have_are_kept_and_others_are_refused(tmp_path: Path
         sources = masked(folder, [[0, -math.inf], odd, [0, -math.inf]])
         with pytest.raises(IncompatibleCheckpointsError, match="'mask'"):
             greedy_soup(sources, folder / "out", evaluation=evaluation, mode="max")
-        assert sorted(path.name for path in folder.iterdir()) == [path.name for path in sources]
+        assert not (folder / "out").exists()
+        assert len(kept(folder)) == 2  # what was judged is kept
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -354,77 +360,183 @@ def test_normed_layers_are_refused(tmp_path: Path) -> None:
 # ---- interruptions -------------------------------------------------------------------------------
 
 
-class Interrupted:
-    """An evaluation that raises at one of its calls, and counts them."""
+class Judge:
+    calls = 0
+    stop_at = -1
+    error: BaseException = KeyboardInterrupt()
 
-    def __init__(self, error: BaseException, at: int) -> None:
-        self.error, self.at, self.calls = error, at, 0
 
-    def __call__(self, model: nn.Module) -> dict[str, float]:
-        self.calls += 1
-        if self.calls == self.at:
-            raise self.error
-        return distance(model)
+def interrupted(model: nn.Module) -> dict[str, float]:
+    """Judge as ``distance`` does; raise at one of the calls."""
+    Judge.calls += 1
+    if Judge.calls == Judge.stop_at:
+        raise Judge.error
+    return distance(model)
+
+
+@pytest.fixture
+def stop(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return ``stop(at, error)``, which says when ``interrupted`` raises what."""
+
+    def stop(at: int, error: BaseException | None = None) -> None:
+        monkeypatch.setattr(Judge, "stop_at", at)
+        monkeypatch.setattr(Judge, "error", error or KeyboardInterrupt())
+
+    monkeypatch.setattr(Judge, "calls", 0)
+    return stop
 
 
 WEIGHTS = [5.5, 4.0, 2.5, 1.25, 3.2, 2.9]
+N_EVALUATIONS = 6 + 5 + 1  # singles, means, the soup that is published
+
+
+def kept(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if ".soup-" in path.name]
 
 
 @pytest.mark.parametrize("at", [1, 2, 6, 7, 8, 11, 12])
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])
 def test_a_soup_goes_on_where_it_was_interrupted_or_where_the_evaluation_failed(
-    tmp_path: Path, kind: type[BaseException], at: int
+    tmp_path: Path, stop: Callable[..., None], kind: type[BaseException], at: int
 ) -> None:
     sources = save_run(tmp_path, WEIGHTS)
-    evaluate = Interrupted(kind("stopped"), at)
+    stop(at, kind("stopped"))
     with pytest.raises((ModelError, KeyboardInterrupt)) as caught:
-        soup(sources, evaluate)
-    kept = [path.name for path in tmp_path.iterdir() if path.name.startswith("out.soup-")]
-    assert len(kept) == (0 if at == 1 else 2)  # the directory and its lock
+        soup(sources, interrupted)
+    assert len(kept(tmp_path)) == (0 if at == 1 else 2)  # the directory and its lock
     notes = getattr(caught.value, "__notes__", [])
     assert any("the same command goes on from it" in note for note in notes) is (at > 1)
-    evaluate.at = -1
-    found = soup(sources, evaluate)
-    # six singles, five means, the soup that is published: each once, but for the one that failed
-    assert evaluate.calls == 6 + 5 + 1 + 1
+    stop(-1)
+    found = soup(sources, interrupted)
+    assert Judge.calls == N_EVALUATIONS + 1  # each once, but for the one that failed
     result = tree(tmp_path / "out")["model.safetensors"]
     fresh = soup(sources, overwrite=True)
     assert fresh.steps == found.steps
     assert tree(tmp_path / "out")["model.safetensors"] == result
-    assert not [path for path in tmp_path.iterdir() if "soup-" in path.name]
+    assert not kept(tmp_path)
 
 
-def test_another_judge_starts_afresh(tmp_path: Path) -> None:
+def test_a_torn_log_loses_no_more_than_its_last_line(
+    tmp_path: Path, stop: Callable[..., None]
+) -> None:
     sources = save_run(tmp_path, WEIGHTS)
+    fresh = soup(sources)
+    for torn in (5, 20):
+        stop(9)
+        Judge.calls = 0
+        with pytest.raises(KeyboardInterrupt):
+            soup(sources, interrupted, overwrite=True)
+        (log,) = tmp_path.glob("out.soup-*/log.jsonl")
+        os.truncate(log, log.stat().st_size - torn)
+        stop(Judge.calls + 2)
+        with pytest.raises(KeyboardInterrupt):
+            soup(sources, interrupted, overwrite=True)
+        assert all(isinstance(json.loads(line), dict) for line in log.read_text().splitlines())
+        stop(-1)
+        found = soup(sources, interrupted, overwrite=True)
+        assert found.steps == fresh.steps
+        assert found.result.outputs[0].metrics == fresh.result.outputs[0].metrics
+
+
+def test_a_lost_sum_is_made_anew(tmp_path: Path, stop: Callable[..., None]) -> None:
+    sources = save_run(tmp_path, WEIGHTS)
+    stop(10)
     with pytest.raises(KeyboardInterrupt):
-        soup(sources, Interrupted(KeyboardInterrupt(), 9))
+        soup(sources, interrupted)
+    for path in tmp_path.glob("out.soup-*/sum-*"):
+        path.unlink()
+    stop(-1)
+    found = soup(sources, interrupted)
+    assert found.steps == soup(sources, overwrite=True).steps
+
+
+def test_a_judge_without_a_name_starts_afresh_and_leaves_nothing(tmp_path: Path) -> None:
+    sources, calls = save_run(tmp_path, WEIGHTS), [0]
+
+    def unnamed(model: nn.Module) -> dict[str, float]:
+        calls[0] += 1
+        if calls[0] == 9:
+            raise KeyboardInterrupt
+        return distance(model)
+
+    with pytest.raises(KeyboardInterrupt):
+        soup(sources, unnamed)
+    assert not kept(tmp_path)
+
+
+def test_what_a_search_with_other_inputs_left_is_removed_with_a_word(
+    tmp_path: Path, stop: Callable[..., None]
+) -> None:
+    sources = save_run(tmp_path, WEIGHTS)
+    stop(9)
+    with pytest.raises(KeyboardInterrupt):
+        soup(sources, interrupted)
+    assert kept(tmp_path)
+    stop(-1)
+    found = soup(sources[1:], interrupted)
+    assert any("had other inputs or options" in note for note in found.result.notes)
+    assert not kept(tmp_path)
+
+
+def test_another_dtype_is_judged_as_it_is_published(tmp_path: Path) -> None:
+    found = soup(save_run(tmp_path, [2.99, 3.3, 2.5]), dtype="bfloat16")
+    metrics = found.result.outputs[0].metrics
+    assert metrics is not None
+    accepted = [step for step in found.steps if step.accepted]
+    assert metrics["error"] == accepted[-1].mean_metrics["error"]
+    assert metrics["error"] <= min(step.metrics["error"] for step in found.steps)
+
+
+def test_an_evaluation_that_does_not_repeat_is_pointed_out(tmp_path: Path) -> None:
+    calls = [0]
+
+    def drifting(model: nn.Module) -> float:
+        calls[0] += 1
+        return float(calls[0])
+
+    found = soup(save_run(tmp_path, [1.0, 2.0]), drifting, mode="max")
+    assert any("does not repeat: metric was 3 when" in note for note in found.result.notes)
+
+
+def test_metrics_that_are_all_nan_make_no_soup(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no checkpoint has a metric that is a number"):
+        soup(save_run(tmp_path, [1.0, 2.0]), lambda model: math.nan, mode="min")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_judge_starts_afresh(tmp_path: Path, stop: Callable[..., None]) -> None:
+    sources = save_run(tmp_path, WEIGHTS)
+    stop(9)
+    with pytest.raises(KeyboardInterrupt):
+        soup(sources, interrupted)
     assert soup(sources).steps == soup(sources, overwrite=True).steps
 
 
-def test_the_same_soup_twice_at_once_is_refused(tmp_path: Path) -> None:
-    sources = save_run(tmp_path, WEIGHTS)
-    inner: list[CkptavgError] = []
+def test_the_same_soup_twice_at_once_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = save_run(tmp_path, [4.0, 2.5])
+    inner: list[str] = []
 
-    def evaluate(model: nn.Module) -> dict[str, float]:
+    def load(self: LiveModel, checkpoint: Any) -> Any:
         if not inner:
-            inner.append(OutputError("none"))
-            with pytest.raises(CkptavgError) as caught:
-                soup(sources, evaluate)
-            inner[0] = caught.value
-        return distance(model)
+            inner.append("")
+            with pytest.raises(OutputError) as caught:
+                soup(sources)
+            inner[0] = str(caught.value)
+        return load_before(self, checkpoint)
 
-    soup(sources, evaluate)
-    assert "the same search is under way" in str(inner[0])
+    load_before = LiveModel.load
+    monkeypatch.setattr(LiveModel, "load", load)
+    soup(sources)
+    assert "the same search is under way" in inner[0]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from test_soup import BATCHES, Net, distance
-from ckptavg import BnPass, greedy_soup
+KILLING = """
+import os, signal
+from test_soup import distance
 
-folder, at = Path(sys.argv[2]), int(sys.argv[3])
+at = int(os.environ["KILLED_AT"])
 calls = 0
 
 def evaluate(model):
@@ -433,10 +545,19 @@ def evaluate(model):
     if calls == at:
         os.kill(os.getpid(), signal.SIGKILL)
     return distance(model)
+"""
+KILLED = """
+import sys
+from pathlib import Path
+import killing, test_soup
+from ckptavg import BnPass, greedy_soup
 
+folder = Path(sys.argv[1])
 greedy_soup(
     sorted(folder.glob("step*")), folder / "out",
-    evaluation=BnPass(model=Net, batches=BATCHES, evaluate=evaluate),
+    evaluation=BnPass(
+        model=test_soup.Net, batches=test_soup.batches, evaluate=killing.evaluate
+    ),
 )
 """
 
@@ -444,11 +565,13 @@ greedy_soup(
 def test_a_soup_goes_on_after_it_was_killed(tmp_path: Path) -> None:
     sources = save_run(tmp_path, WEIGHTS)
     (tmp_path / "killed.py").write_text(KILLED)
-    arguments = [sys.executable, str(tmp_path / "killed.py"), str(Path(__file__).parent)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    (tmp_path / "killing.py").write_text(KILLING)
+    paths = [str(tmp_path), str(Path(__file__).parent), *sys.path]
     codes = [
         subprocess.run(
-            [*arguments, str(tmp_path), str(at)], check=False, env=environment
+            [sys.executable, str(tmp_path / "killed.py"), str(tmp_path)],
+            check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "KILLED_AT": str(at)},
         ).returncode
         for at in (5, 4, -1)  # of the singles; of the candidates; none
     ]

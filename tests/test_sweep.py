@@ -51,6 +51,10 @@ class Net(nn.Module):
 BATCHES = [torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 8.0]])]
 
 
+def batches() -> list[Tensor]:
+    return BATCHES
+
+
 def save_run(folder: Path, layout: str = "safetensors") -> list[Path]:
     paths = []
     for step, weight in enumerate(WEIGHTS, 1):
@@ -79,7 +83,7 @@ def judged(
     return sweep(
         sources,
         sources[0].parent / "out",
-        evaluation=BnPass(model=Net, batches=BATCHES, evaluate=evaluate),
+        evaluation=BnPass(model=Net, batches=batches, evaluate=evaluate),
         **settings | options,
     )
 
@@ -390,30 +394,57 @@ def test_an_evaluation_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert tree(tmp_path) == before
 
 
-def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    calls: list[dict[str, float]] = []
-    stop_at = 7
+class Counted:
+    calls = 0
+    stop_at = -1
 
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        if len(calls) == stop_at:
-            raise KeyboardInterrupt
-        calls.append(look(model))
-        return calls[-1]
 
+def counted(model: nn.Module) -> dict[str, float]:
+    """Judge as ``look`` does, under a name that tells it from others; stop at one of the calls."""
+    if Counted.calls == Counted.stop_at:
+        raise KeyboardInterrupt
+    Counted.calls += 1
+    return look(model)
+
+
+def test_an_interrupted_sweep_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Counted, "calls", 0)
+    monkeypatch.setattr(Counted, "stop_at", 7)
     sources = save_run(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        judged(sources, evaluate)
-    stop_at, n_before = -1, len(calls)
-    found = judged(sources, evaluate)
+        judged(sources, counted)
+    assert Counted.calls == 2 + 3 + 2
+    monkeypatch.setattr(Counted, "stop_at", -1)
+    found = judged(sources, counted)
     assert found.result.resumed_nbytes == found.result.read_nbytes
     # the last checkpoint is judged first, which shows that the evaluation works; then what is left
     # of the single ones; then the winner, whose statistics were lost
-    assert (n_before, len(calls) - n_before) == (2 + 3 + 2, 2 + 6 + 1)
+    assert Counted.calls == 7 + 2 + 6 + 1
     result = tree(tmp_path / "out")
     fresh = judged(tmp_path, look, overwrite=True)
     assert found.rows == fresh.rows
     assert tree(tmp_path / "out")["model.safetensors"] == result["model.safetensors"]
     assert not [name for name in result if name.startswith(".")]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_a_judge_without_a_name_said_is_not_taken_again(tmp_path: Path, number: int) -> None:
+    sources, calls = save_run(tmp_path), [0]
+
+    def unnamed(model: nn.Module) -> dict[str, float]:
+        calls[0] += 1
+        if calls[0] == 7 and number == 1:
+            raise KeyboardInterrupt
+        return {"weight": 1.0, "mean": 0.0}
+
+    if number == 1:
+        with pytest.raises(KeyboardInterrupt):
+            judged(sources, unnamed)
+        number, calls[0] = 2, 0
+    judged(sources, unnamed)
+    assert calls[0] == 2 + 3 + 8
 
 
 def test_another_judge_does_not_take_what_the_first_one_said(tmp_path: Path) -> None:

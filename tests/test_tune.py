@@ -1,5 +1,6 @@
 """Coefficients searched by a metric: never worse than the uniform mean, and nothing twice."""
 
+import contextlib
 import csv
 import json
 import math
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import tree
 from safetensors.torch import load_file
-from test_soup import BATCHES, MODULE, Net, save_run
+from test_soup import MODULE, Net, batches, save_run
 from torch import nn
 
 from ckptavg import BnPass, ModelError, TuneResult, UsageError, tune, verify_output
@@ -32,7 +33,7 @@ def tuned(
     sources: list[Path], evaluate: Callable[[nn.Module], Any] = distance, **options: Any
 ) -> TuneResult:
     settings: dict[str, Any] = {"trials": 40} | options
-    evaluation = BnPass(model=Net, batches=BATCHES, evaluate=evaluate)
+    evaluation = BnPass(model=Net, batches=batches, evaluate=evaluate)
     return tune(sources, sources[0].parent / "out", evaluation=evaluation, **settings)
 
 
@@ -92,25 +93,67 @@ def test_the_same_seed_tries_the_same(tmp_path: Path) -> None:
     assert one.trials != third.trials
 
 
+class Judge:
+    calls = 0
+    stop_at = -1
+    error: BaseException = KeyboardInterrupt()
+
+
+def interrupted(model: nn.Module) -> dict[str, float]:
+    """Judge as ``distance`` does; raise at one of the calls."""
+    Judge.calls += 1
+    if Judge.calls == Judge.stop_at:
+        raise Judge.error
+    return distance(model)
+
+
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])
 @pytest.mark.parametrize("at", [1, 4, 11, 18, 23])
-def test_an_interrupted_search_goes_on(tmp_path: Path, kind: type[BaseException], at: int) -> None:
-    sources, calls = save_run(tmp_path, WEIGHTS), [0]
-
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        calls[0] += 1
-        if calls[0] == at:
-            raise kind("stopped")
-        return distance(model)
-
+def test_an_interrupted_search_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException], at: int
+) -> None:
+    sources = save_run(tmp_path, WEIGHTS)
+    for name, value in (("calls", 0), ("stop_at", at), ("error", kind("stopped"))):
+        monkeypatch.setattr(Judge, name, value)
     with pytest.raises((ModelError, KeyboardInterrupt)):
-        tuned(sources, evaluate, trials=20)
-    found = tuned(sources, evaluate, trials=20)
+        tuned(sources, interrupted, trials=20)
+    found = tuned(sources, interrupted, trials=20)
     fresh = tuned(sources, trials=20, overwrite=True)
     assert found.trials == fresh.trials
-    # of an interrupted generation all is kept, of one whose evaluation failed nothing
-    assert calls[0] <= 20 + 4 + 1 + (9 if kind is OSError else 4)
+    # of an interrupted generation all is kept (but the best is judged for its statistics again),
+    # of one whose evaluation failed nothing
+    n_lost = {KeyboardInterrupt: 1 + 3 + 1, OSError: 1 + 9}[kind]
+    assert Judge.calls <= 20 + 3 + n_lost
     assert not [path for path in tmp_path.iterdir() if "tune-" in path.name]
+
+
+CALLS, STOP = [0], [0]
+
+
+def counted(model: nn.Module) -> dict[str, float]:  # by a name that tells it from others
+    CALLS[0] += 1
+    if CALLS[0] == STOP[0]:
+        raise KeyboardInterrupt
+    return distance(model)
+
+
+@pytest.mark.parametrize("at", [9, 17])  # in the first and in the second generation
+def test_no_evaluation_of_an_unfinished_generation_is_lost(tmp_path: Path, at: int) -> None:
+    sources = save_run(tmp_path, WEIGHTS)
+    evaluation = BnPass(model=Net, batches=batches, evaluate=counted)
+
+    def calls(output: str) -> int:
+        CALLS[0] = 0
+        with contextlib.suppress(KeyboardInterrupt):
+            tune(sources, tmp_path / output, evaluation=evaluation, trials=24)
+        return CALLS[0]
+
+    STOP[0] = 0
+    whole = calls("whole")
+    STOP[0] = at
+    assert calls("out") == at
+    STOP[0] = 0
+    assert (at - 1) + calls("out") == whole
 
 
 def test_a_metric_that_is_not_a_number_is_the_worst(tmp_path: Path) -> None:

@@ -210,7 +210,6 @@ def test_what_cannot_be_verified_fails_in_one_line(
                 "verified"),
         ("none", "none: is not there"),
         ("step-1", "step-1: holds no ckptavg.json, which says what to compare with"),
-        ("several", "several: holds 2 models: verify them, such as several/uniform"),
         ("broken", "broken/ckptavg.json: is not valid JSON"),
         ("older", "older: its ckptavg.json makes no sense: it was changed by hand, or is of "
                   "another version"),
@@ -230,6 +229,9 @@ def test_several_outputs_are_verified_in_one_go(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     average_checkpoints("step-[12]", "several", schemes=["a=uniform", "b=uniform:last=1"])
+    assert ckptavg(capsys, "verify", "several") == ckptavg(
+        capsys, "verify", *sorted(map(str, Path("several").iterdir()))
+    )
     code, out, _ = ckptavg(capsys, "verify", "several/a", "several/b")
     assert (code, out) == (
         0,
@@ -472,11 +474,35 @@ def test_obstacles_and_changed_sources_keep_it_from_being_made_again(runs: Path)
     result = verify_output(output, reproduce=True, trust_code=True)
     assert result.reproduced is None
     assert result.problems == (
-        "the source step-2 was written again since it was read",
         "it was not made again: model is a lambda, which cannot be imported by its name",
         "it was not made again: the source step-1 is not there any more",
-        "it was not made again: the source step-2 was written again since it was read",
+        "the source step-2 was written again since it was read",
     )
+
+
+def test_copied_sources_are_told_apart_from_changed_ones_by_making_it_again(runs: Path) -> None:
+    output = averaged()
+    os.utime("step-2/model.safetensors")
+    assert verify_output(output).problems == (
+        "the source step-2 was written again since it was read",
+    )
+    result = verify_output(output, reproduce=True)
+    assert result.ok
+    assert "the source step-2 was written again since it was read" in result.notes
+    flip(Path("step-2/model.safetensors"), -1)
+    result = verify_output(output, reproduce=True)
+    assert any("came out otherwise" in problem for problem in result.problems)
+
+
+def test_weights_without_a_hash_are_a_problem(runs: Path) -> None:
+    output = averaged()
+    flip(output / "model.safetensors", -1)
+    edit_provenance(output, lambda told: told["output"].update(files=[]))
+    assert "model.safetensors is not vouched for: ckptavg.json lists no hash of it" in (
+        verify_output(output).problems
+    )
+    (output / "other.safetensors").write_bytes(b"")
+    assert any("other.safetensors" in problem for problem in verify_output(output).problems)
 
 
 def test_another_version_is_a_note(runs: Path) -> None:

@@ -269,7 +269,8 @@ averaging_options = combined(
 judging_options = combined(
     click.option(
         "--metric", metavar="NAME",
-        help="The metric that decides, for example accuracy; default: the only one there is.",
+        help="The metric that decides, for example accuracy; default: the only one there is. "
+        "--best and --swad go by it, too: the log has to know it by the same name.",
     ),
     click.option(
         "--mode", type=click.Choice(["min", "max"]),

@@ -140,8 +140,10 @@ def summary_lines(result: "AverageResult", done: str, *, evaluated: bool = True)
         f"  read {size(read_nbytes)} at {rate} on {result.device}{processes}, "
         f"wrote {size(result.written_nbytes)}; "
         + ", ".join([f"{result.seconds:.2f} s in all", *peaks]),
-        f"  {_times(result)}",
     ]
+    times = result.times
+    if times.read_seconds + times.arithmetic_seconds + times.write_seconds:  # measured apart
+        lines.append(f"  {_times(result)}")
     for one in result.outputs:
         if len(result.outputs) > 1:
             n_used = sum(coefficient != 0 for coefficient in one.coefficients)

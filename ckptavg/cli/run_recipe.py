@@ -84,8 +84,12 @@ def command(
     arguments = recipe_arguments(told, recipe, chosen, given)
     if is_elsewhere and is_first_process():
         echo_notes([f"paths and code are found from {folder}"], quiet=quiet or as_json)
-    with (
-        contextlib.chdir(folder),
-        chosen.make_context(name, arguments, parent=context) as inner,
-    ):
-        chosen.invoke(inner)
+    try:
+        with (
+            contextlib.chdir(folder),
+            chosen.make_context(name, arguments, parent=context) as inner,
+        ):
+            chosen.invoke(inner)
+    except (click.UsageError, UsageError) as error:
+        reason = error.message if isinstance(error, click.UsageError) else str(error)
+        raise UsageError(f"{recipe}: {reason}") from error

@@ -27,6 +27,7 @@ from ckptavg.cli.render import echo_plan, stdout_for_the_result
 from ckptavg.cli.user_code import load_bn_pass
 
 if TYPE_CHECKING:
+    from ckptavg.prepare import Prepared
     from ckptavg.results import BnPass
     from ckptavg.schemes import Scheme
 
@@ -75,6 +76,7 @@ def show_plan(
     arguments: Mapping[str, Any],
     judging: Mapping[str, Any],
     talk: Mapping[str, bool],
+    refuse: "Callable[[Prepared, BnPass], None]" = lambda prepared, evaluation: None,
 ) -> None:
     """Do a dry run: decide everything, and print the plan.
 
@@ -86,6 +88,7 @@ def show_plan(
         arguments: Likewise.
         judging: The metric and its mode.
         talk: Whether as JSON, whether quiet.
+        refuse: Refuses what cannot be done, once all is prepared.
     """
     from ckptavg.average_options import Request
     from ckptavg.prepare import prepared_average
@@ -98,6 +101,6 @@ def show_plan(
             sources, output, request.recipe, batchnorm=evaluation, **request.preparing
         ) as prepared,
     ):
-        pass  # deciding is all
+        refuse(prepared, evaluation)
     if is_first_process():
         echo_plan(prepared, output, **talk)

@@ -46,7 +46,7 @@ def command(
     """
     from ckptavg.processes import started_by_torchrun
     from ckptavg.schemes import Scheme
-    from ckptavg.search.soup import check_soup, greedy_soup
+    from ckptavg.search.soup import check_soup, greedy_soup, refuse_soup
 
     push = chosen_push(options, several=False, first=True)
     evaluation, arguments = taken(options)
@@ -55,7 +55,7 @@ def command(
     save_recipe(save_recipe_as)
     if dry_run:
         talk = {"as_json": as_json, "quiet": quiet}
-        show_plan(sources, output, [Scheme()], evaluation, arguments, judging, talk)
+        show_plan(sources, output, [Scheme()], evaluation, arguments, judging, talk, refuse_soup)
         return
     with stdout_for_the_result(), ProgressBars(quiet=quiet or as_json) as progress:
         found = greedy_soup(

@@ -1,6 +1,8 @@
 """``ckptavg verify``: is an output what its provenance says, and does it reproduce."""
 
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -59,7 +61,7 @@ def command(
     if (trust_code or device is not None) and not reproduce:
         raise click.UsageError("--trust-code and --device belong to --reproduce")
     results = []
-    for output in outputs:
+    for output in _models(outputs, quiet=quiet):
         result = verify_output(
             output,
             reproduce=reproduce,
@@ -79,6 +81,23 @@ def command(
         problems = [problem for result in failed for problem in result.problems]
         more = f"; {len(problems)} problems in all" if len(problems) > 1 else ""
         raise VerificationError(f"{failed[0].output}: {problems[0]}{more}")
+
+
+def _models(outputs: Sequence[str], *, quiet: bool) -> list[str]:
+    """Return the model directories that are meant: a directory of several stands for all."""
+    models, skipped = list[str](), list[str]()
+    for output in outputs:
+        inside = sorted(path.parent for path in Path(output).glob("*/ckptavg.json"))
+        if Path(output).is_file() and len(outputs) > 1:
+            skipped.append(f"{output}: passed over, it is no model directory")
+        elif inside and not Path(output, "ckptavg.json").exists():
+            models += map(str, inside)
+        else:
+            models.append(output)
+    echo_notes(skipped, quiet=quiet)
+    if not models:
+        raise VerificationError(f"{outputs[0]}: is no model directory")
+    return models
 
 
 def _lines(result: "VerifyResult") -> list[str]:

@@ -7,13 +7,13 @@ from typing import Literal
 from ckptavg.bn_pass import BnOutcome
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.eval_command import EvalCommand
-from ckptavg.evaluation_log import EvaluationLog
 from ckptavg.live_model import check_repeatable
 from ckptavg.metrics import Judge
 from ckptavg.output import OutputDirectory
 from ckptavg.prepare import Prepared
 from ckptavg.processes import Processes
 from ckptavg.results import BnPass, Progress, SweepRow
+from ckptavg.search.evaluation_log import EvaluationLog
 from ckptavg.steps import add_indexes, complete, recompute_statistics, stage_of
 
 Metrics = Mapping[str, float]
@@ -33,6 +33,7 @@ class Contest:
         judge: What decides.
         progress: As in ``average_checkpoints``.
         by_command: Judges a single checkpoint by a command.
+        judged: Told number and metrics of each average as soon as it is judged.
         log: What was judged already.
         names: Of the averages.
         averages: What was said of them, by name.
@@ -45,6 +46,7 @@ class Contest:
     judge: Judge
     progress: Progress | None
     by_command: ByCommand
+    judged: Callable[[int, Metrics], None] = lambda number, metrics: None
     log: EvaluationLog = field(default_factory=lambda: EvaluationLog(None, ""))
     names: list[str] = field(init=False)
     averages: dict[str, Metrics] = field(default_factory=dict)
@@ -120,6 +122,7 @@ class Contest:
                 return outcome.metrics or {}
 
             self.averages[name] = self._known_or(f"average {name}", metrics)
+            self.judged(number, self.averages[name])
 
     def settle(self, kept: Sequence[int], directory: OutputDirectory) -> list[BnOutcome]:
         """Complete the outputs that are kept: their BatchNorm statistics go into the files.

@@ -5,6 +5,7 @@ plan's averaged blocks. A candidate is added into a second file, and its mean ro
 directory; accepting it makes the second file the first.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -34,6 +35,7 @@ class Pot:
     Attributes:
         count: How many checkpoints are in the sum.
         current: Which of the two files holds it.
+        is_new: Whether there were no such files before.
     """
 
     def __init__(
@@ -59,21 +61,27 @@ class Pot:
             if block.action is Action.AVERAGE:
                 self._starts[block.block] = numel
                 numel += block.numel
-        self._sums: list[Values] = []
+        self.is_new = False
+        self._failed = failed
+        self._descriptors: list[int] = []
         for number in (0, 1):
-            path = directory / f"sum-{number}"
             try:
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                try:  # a full disk shows now, not as a signal later
+                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+                descriptor = os.open(directory / f"sum-{number}", flags, 0o666)
+                self._descriptors.append(descriptor)
+                if os.fstat(descriptor).st_size != numel * _SUM_ITEMSIZE:
+                    self.is_new = True
+                    os.ftruncate(descriptor, 0)
                     if numel:
                         reserve(descriptor, numel * _SUM_ITEMSIZE)
-                finally:
-                    os.close(descriptor)
             except OSError as error:
+                self.close()
                 raise failed(error) from error
-            self._sums.append(
-                np.memmap(path, np.float64, "r+", shape=(numel,)) if numel else np.empty(0)
-            )
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
 
     def stir(self, index: int, sink: Sink | None, progress: Callable[[int], None]) -> None:
         """Read a checkpoint once; put the sum with it aside, and write its mean into a sink.
@@ -94,20 +102,25 @@ class Pot:
             raw = np.empty(chunk.nbytes, np.uint8)
             checkpoint.read_into(chunk.pieces, raw.data)
             values = decode_to_float64(raw, chunk.dtype)
-            before = self._sums[self.current][place] if self.count else None
+            before = self._load(place) if self.count else None
             self._check_finite(index, chunk, values, before)
             total = values if before is None else values + before
-            self._sums[1 - self.current][place] = total
+            self._store(place, total)
             if sink is not None:
                 self._write(chunk, total, self.count + 1, sink)
 
         self._for_each_chunk(work, progress)
 
     def accept(self) -> None:
-        """Make what was stirred in last part of the sum; it is on the storage then."""
-        other = self._sums[1 - self.current]
-        if isinstance(other, np.memmap):
-            other.flush()
+        """Make what was stirred in last part of the sum; it is on the storage then.
+
+        Raises:
+            OutputError: If the storage refuses.
+        """
+        try:
+            os.fdatasync(self._descriptors[1 - self.current])
+        except OSError as error:
+            raise self._failed(error) from error
         self.current = 1 - self.current
         self.count += 1
 
@@ -115,7 +128,7 @@ class Pot:
         """Write the mean of the sum into a sink; ``finished`` is told each block that is done."""
 
         def work(chunk: Chunk, place: slice) -> None:
-            self._write(chunk, np.array(self._sums[self.current][place]), self.count, sink)
+            self._write(chunk, self._load(place), self.count, sink)
 
         self._for_each_chunk(work, lambda done: None)
         for block in self._starts:
@@ -144,6 +157,27 @@ class Pot:
                 work(*item)
 
         run_threads([run] * self._prepared.workspace.n_threads, stop=chunks.stop)
+
+    def _load(self, place: slice) -> Values:
+        """Return a part of the sum."""
+        values = np.empty(place.stop - place.start)
+        data, position = values.view(np.uint8).data, place.start * _SUM_ITEMSIZE
+        while data:
+            count = os.preadv(self._descriptors[self.current], [data], position)
+            if not count:
+                raise self._failed(OSError(errno.EIO, "the sum is cut short"))
+            data, position = data[count:], position + count
+        return values
+
+    def _store(self, place: slice, values: Values) -> None:
+        """Put a part of the next sum aside."""
+        data, position = values.view(np.uint8).data, place.start * _SUM_ITEMSIZE
+        try:
+            while data:
+                count = os.pwrite(self._descriptors[1 - self.current], data, position)
+                data, position = data[count:], position + count
+        except OSError as error:
+            raise self._failed(error) from error
 
     def _check_finite(
         self, index: int, chunk: Chunk, values: Values, before: Values | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,9 +15,9 @@ from ckptavg.average.chunks import take_chunk
 from ckptavg.average.work import Job, Timings
 from ckptavg.average_options import AverageOptions, Request
 from ckptavg.blocks import Action, Differing
-from ckptavg.errors import UsageError
+from ckptavg.bn_pass import BnOutcome
+from ckptavg.errors import ModelError, UsageError
 from ckptavg.eval_command import EvalCommand
-from ckptavg.evaluation_log import judge_text
 from ckptavg.live_model import check_repeatable
 from ckptavg.metrics import Judge, Mode, best_mode
 from ckptavg.output import OutputDirectory
@@ -26,14 +27,16 @@ from ckptavg.processes import Processes, started_by_torchrun
 from ckptavg.provenance import weight_file_metadata
 from ckptavg.results import BnPass, ComparisonRow, Progress, SoupResult, SoupStep
 from ckptavg.schemes import Positions, Scheme, coefficient_rows
+from ckptavg.search.evaluation_log import judge_text
 from ckptavg.search.evidence import soup_files
 from ckptavg.search.pot import Pot, emptied
 from ckptavg.search.scratch import Scratch
-from ckptavg.side_files import copy_side_files, find_side_files
+from ckptavg.side_files import copy_side_files, find_side_files, inherited_front_matter
 from ckptavg.sources import Source
 from ckptavg.steps import (
     Averaged,
     Clock,
+    average_together,
     complete_all,
     enter_together,
     evaluate_by_command,
@@ -44,9 +47,11 @@ from ckptavg.steps import (
     result_of,
     stage_of,
 )
+from ckptavg.tensors import FLOAT64
 from ckptavg.writer import ModelWriter
 
 Metrics = Mapping[str, float]
+_REPEATS = 1e-6
 
 
 def greedy_soup(
@@ -67,9 +72,11 @@ def greedy_soup(
     BatchNorm pass of its own where ``evaluation`` has batches. The result is never worse by the
     metric than the best single checkpoint; by another metric, or on other data, it may be.
 
-    Each checkpoint is read twice at most: to judge it, and to add it to a running sum, which lies
-    beside the output (8 bytes a weight, twice). A soup that was interrupted, or whose evaluation
-    failed, is continued by the same call; nothing that was judged is judged again.
+    The weights of each checkpoint are read twice at most: to judge it, and to add it to a running
+    sum, which lies beside the output (8 bytes a weight, twice); float64 ones of those accepted once
+    more, since the order of summation shows in their bits. A soup that was interrupted, or failed,
+    is continued by the same call, and nothing is judged again, if what judges can be imported by
+    name.
 
     Args:
         sources: As in ``average_checkpoints``.
@@ -90,21 +97,21 @@ def greedy_soup(
     output = Path(output)
     evaluation = check_soup(evaluation, distributed=options.get("distributed", False), plot=plot)
     request = Request.of((Scheme(),), options, metric=metric, mode=mode)
-    if request.recipe.accumulate == "float32":
-        raise UsageError("a soup is summed in float64: leave accumulate out")
     processes, judge = Processes(), Judge(metric, mode)
     with ExitStack() as stack:
         prepared = prepare_together(
             processes, stack, sources, output, request.recipe,
             batchnorm=evaluation, **request.preparing,
         )  # fmt: skip
-        _refuse(prepared, evaluation)
-        identity = repr((prepared.plan.fingerprint, judge_text(evaluation), metric, mode))
+        refuse_soup(prepared, evaluation)
+        if request.planned is not None:
+            request.planned(prepared.plan)
+        named = judge_text(evaluation)
+        identity = named and repr((prepared.plan.fingerprint, named, metric, mode))
         scratch = stack.enter_context(Scratch(output, "soup", identity))
-        kitchen = _Kitchen(
-            prepared, evaluation, judge, scratch, request.progress,
-            Pot(scratch.path, prepared, scratch.failed),
-        )  # fmt: skip
+        pot = Pot(scratch.path, prepared, scratch.failed)
+        stack.callback(pot.close)
+        kitchen = _Kitchen(prepared, evaluation, judge, scratch, request.progress, pot)
         averaging = time.perf_counter()
         kitchen.cook()
         final = _served(prepared, kitchen.accepted)
@@ -116,7 +123,11 @@ def greedy_soup(
             hash_along=False,
         )
         enter_together(processes, stack, directory)
-        averaged = _pour(final, directory, kitchen.pot)
+        if any(dtype is FLOAT64 for dtype, _ in final.plan.arithmetic_dtypes):
+            # the order of the sum shows in its bits: the one that the recipe has is made anew
+            averaged = average_together(processes, final, directory, (), request.progress)
+        else:
+            averaged = _pour(final, directory, pot)
         average_seconds = time.perf_counter() - averaging
         outcomes = recompute_statistics(processes, final, directory, evaluation, request.progress)
         complete_all(final, directory)
@@ -127,7 +138,8 @@ def greedy_soup(
             for one in outcomes
         ]
         notes = list(dict.fromkeys([
-            *final.plan.notes, *final.notes, *directory.notes,
+            *final.plan.notes, *final.notes, *directory.notes, *scratch.notes,
+            *kitchen.doubts(outcomes[0]),
             *(note for one in outcomes if one is not None for note in report_notes(one.report)),
         ]))  # fmt: skip
         files = soup_files(judge, prepared.plan, steps, command=request.command, plot=plot)
@@ -170,8 +182,15 @@ def check_soup(evaluation: BnPass | None, *, distributed: bool, plot: bool) -> B
     return evaluation
 
 
-def _refuse(prepared: Prepared, evaluation: BnPass) -> None:
+def refuse_soup(prepared: Prepared, evaluation: BnPass) -> None:
+    """Refuse checkpoints that cannot become a soup.
+
+    Raises:
+        UsageError: If so.
+    """
     plan = prepared.plan
+    if plan.recipe.accumulate == "float32":
+        raise UsageError("a soup is summed in float64: leave accumulate out")
     if plan.n_checkpoints < 2:
         raise UsageError("a soup needs at least 2 checkpoints")
     if plan.derived.groups:
@@ -205,6 +224,17 @@ class _Kitchen:
                 self._singles[int(entry["single"])] = entry["metrics"]
             elif "candidate" in entry:
                 self._take_over(entry)
+            else:
+                self._start_over()
+        # hashes of what is streamed are known at its end only: half a sum proves nothing
+        if self._tried and (self.pot.is_new or self.prepared.plan.is_streamed):
+            self._start_over()
+            self.scratch.note({"start over": True})
+
+    def _start_over(self) -> None:
+        self._tried.clear()
+        self.accepted.clear()
+        self.pot.count = self.pot.current = 0
 
     def _take_over(self, entry: Mapping[str, Any]) -> None:
         index, is_accepted = int(entry["candidate"]), bool(entry["accepted"])
@@ -224,6 +254,8 @@ class _Kitchen:
                 self.scratch.note({"single": index, "metrics": metrics})
                 self._singles[index] = metrics
             report(1)
+        if all(math.isnan(self.judge.value(one)) for one in self._singles.values()):
+            raise ModelError(f"no checkpoint has a {self.judge.metric} that is a number")
         report = stage_of(self.progress, "adding candidates", plan.n_checkpoints)
         for index in self.order():
             if index not in self._tried:
@@ -266,9 +298,11 @@ class _Kitchen:
     # -- judging
 
     def _judged_single(self, index: int) -> Metrics:
-        checkpoint, live = self.prepared.checkpoints[index], self.prepared.live
-        if isinstance(self.evaluation.evaluate, EvalCommand):
-            return self._judged_mean(index)  # of one: a command sees a model directory
+        plan, live = self.prepared.plan, self.prepared.live
+        checkpoint = self.prepared.checkpoints[index]
+        # a command sees a model directory, and what is rounded is judged as it will be published
+        if isinstance(self.evaluation.evaluate, EvalCommand) or plan.changed_dtype is not None:
+            return self._judged_mean(index)  # of one
         if live is None:
             raise AssertionError("a function judges a model")
         live.load(checkpoint)
@@ -356,6 +390,19 @@ class _Kitchen:
             ),
         )
 
+    def doubts(self, outcome: BnOutcome | None) -> list[str]:
+        """Say whether what is published was judged otherwise than when it was chosen."""
+        chosen = self.judge.value(self._tried[self.accepted[-1]][0])
+        published = chosen
+        if outcome is not None and outcome.metrics is not None:
+            published = self.judge.value(outcome.metrics)
+        if math.isclose(chosen, published, rel_tol=_REPEATS, abs_tol=_REPEATS):
+            return []
+        return [
+            f"the evaluation does not repeat: {self.judge.metric} was {chosen:.6g} when the soup "
+            f"was chosen, and is {published:.6g} as it is published"
+        ]
+
 
 def _plan_of(prepared: Prepared, used: Sequence[int]) -> AveragePlan:
     """Return the plan of the mean of some checkpoints."""
@@ -377,7 +424,13 @@ def _served(prepared: Prepared, accepted: Sequence[int]) -> Prepared:
     plan = _plan_of(prepared, sorted(accepted))
     folder = prepared.checkpoints[max(accepted)].folder
     files, _ = find_side_files(folder, include_code=prepared.asked.include_code)
-    return replace(prepared, plan=plan, side_files=[files])
+    return replace(
+        prepared,
+        plan=plan,
+        side_files=[files],
+        inherited_cards=[inherited_front_matter(folder)],
+        workspace=replace(prepared.workspace, device="cpu"),  # sums are added there
+    )
 
 
 def _taken(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +15,7 @@ from ckptavg._version import __version__
 from ckptavg.average_options import AverageOptions, Request
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.destination import existing_parent
-from ckptavg.errors import UsageError
-from ckptavg.evaluation_log import EvaluationLog, judge_text
+from ckptavg.errors import ModelError, UsageError
 from ckptavg.journal import EVALUATIONS_NAME
 from ckptavg.metrics import Judge, Mode, best_mode
 from ckptavg.output import OutputDirectory
@@ -27,6 +27,7 @@ from ckptavg.provenance import weight_file_metadata
 from ckptavg.results import BnPass, SweepResult, SweepRow
 from ckptavg.schemes import Scheme
 from ckptavg.search.contest import Contest
+from ckptavg.search.evaluation_log import EvaluationLog, judge_text
 from ckptavg.search.evidence import sweep_files, told_rows, verdict
 from ckptavg.sources import SingleCheckpoint, Source
 from ckptavg.steps import (
@@ -109,6 +110,7 @@ def contested(
     *,
     keep: Keep,
     controls: Controls,
+    judged: Callable[[int, Mapping[str, float]], None] = lambda number, metrics: None,
 ) -> SweepResult:
     """Make the averages of a request from one read, judge them, and publish.
 
@@ -121,6 +123,7 @@ def contested(
         evidence: Returns the files to publish along, from the plan and all rows, best first.
         keep: ``best`` or ``all``.
         controls: Which checkpoints are judged by themselves.
+        judged: Told number and metrics of each average as soon as it is judged.
     """
     started = time.perf_counter()
     with joined_processes(distributed=request.distributed) as processes, ExitStack() as stack:
@@ -148,6 +151,7 @@ def contested(
             by_command=lambda checkpoint, judge: _judged_by_command(
                 checkpoint, judge, output, request.preparing
             ),
+            judged=judged,
         )
         if controls != "none":  # first what shows whether the evaluation works at all
             contest.judge_checkpoint(prepared.checkpoints[-1], "last")
@@ -164,6 +168,8 @@ def contested(
             for checkpoint in prepared.checkpoints:
                 contest.judge_checkpoint(checkpoint, "single")
         best, rows = contest.best, contest.rows()
+        if math.isnan(judge.value(rows[0].metrics)):
+            raise ModelError(f"no average has a {judge.metric} that is a number")
         kept = [best] if keep == "best" else range(len(plan.outputs))
         outcomes = contest.settle(kept, directory)
         outcomes[best] = replace(outcomes[best], comparison=tuple(told_rows(rows, judge)))

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from ckptavg.average_options import AverageOptions, Request
 from ckptavg.errors import UsageError
-from ckptavg.evaluation_log import judge_text
 from ckptavg.metrics import Judge, Mode, best_mode
 from ckptavg.plan import AveragePlan
 from ckptavg.prepare import prepared_average
 from ckptavg.processes import started_by_torchrun
 from ckptavg.results import BnPass, SweepRow, Trial, TuneResult
 from ckptavg.schemes import Scheme
+from ckptavg.search.evaluation_log import judge_text
 from ckptavg.search.evidence import tune_files
 from ckptavg.search.scratch import Scratch
 from ckptavg.search.sweep import contested
@@ -92,7 +92,8 @@ def tune(
         n, fingerprint = prepared.plan.n_checkpoints, prepared.plan.fingerprint
     if n < 2:
         raise UsageError("a search over coefficients needs at least 2 checkpoints")
-    identity = repr((fingerprint, judge_text(evaluation), metric, mode, seed))
+    named = judge_text(evaluation)
+    identity = named and repr((fingerprint, named, metric, mode, seed))
     with Scratch(output, "tune", identity) as scratch:
         known: dict[tuple[float, ...], Mapping[str, float]] = {
             tuple(entry["coefficients"]): dict(entry["metrics"])
@@ -106,10 +107,7 @@ def tune(
         while asked:
             new = [one for one in dict.fromkeys(asked) if one not in known]
             if new:
-                made = _judged(sources, scratch, new, request, evaluation, judge)
-                for coefficients, metrics in made.items():
-                    scratch.note({"coefficients": coefficients, "metrics": metrics})
-                    known[coefficients] = metrics
+                known |= _judged(sources, scratch, new, request, evaluation, judge)
             found += [Trial(coefficients=one, metrics=known[one]) for one in asked]
             report(len(asked))
             try:
@@ -208,13 +206,16 @@ def _judged(
         Scheme(name="coefficients", coefficients=one, label=label)
         for one, label in zip(asked, labels, strict=True)
     ]
+    made: dict[tuple[float, ...], Mapping[str, float]] = {}
+
+    def judged(number: int, metrics: Mapping[str, float]) -> None:
+        made[asked[number]] = metrics
+        scratch.note({"coefficients": asked[number], "metrics": metrics})
+
     place = scratch.path / "generation"
-    found = contested(
+    contested(
         sources, place, request(schemes, overwrite=True, planned=None), evaluation, judge,
-        lambda plan, rows: {}, keep="best", controls="none",
+        lambda plan, rows: {}, keep="best", controls="none", judged=judged,
     )  # fmt: skip
     shutil.rmtree(place, ignore_errors=True)
-    if len(asked) == 1:
-        return {asked[0]: found.rows[0].metrics}
-    by_name = {row.name: row.metrics for row in found.rows}
-    return {one: by_name[label] for one, label in zip(asked, labels, strict=True)}
+    return made

@@ -4,30 +4,31 @@ One JSON object a line: what was judged, by whom, and its metrics. A last line t
 passed over.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import is_dataclass
-from functools import partial
 from pathlib import Path
 
 from ckptavg.checkpoint.files import open_descriptor
+from ckptavg.eval_command import EvalCommand
+from ckptavg.recorded_recipe import importable_name
 from ckptavg.results import BnPass
 
 
 class EvaluationLog:
     """Metrics by name, in memory and in a file that outlives an interruption."""
 
-    def __init__(self, path: Path | None, judge: str) -> None:
+    def __init__(self, path: Path | None, judge: str | None) -> None:
         """Read what is there.
 
         Args:
-            path: The file; None keeps nothing.
+            path: The file; None, or a judge without a name, keeps nothing.
             judge: What the metrics come from (model, data, evaluation, options): those of another
                 judge are not taken.
         """
-        self._path = path
+        self._path = path = path if judge is not None else None
         self._judge = judge
         self._known: dict[str, dict[str, float]] = {}
         with suppress(OSError):
@@ -61,16 +62,26 @@ class EvaluationLog:
             os.close(descriptor)
 
 
-def judge_text(evaluation: BnPass) -> str:
-    """Return what tells one judge from another, as far as names do."""
-    things = (evaluation.model, evaluation.batches, evaluation.forward, evaluation.evaluate)
-    return repr([*map(_named, things), evaluation.chosen()])
+def judge_text(evaluation: BnPass) -> str | None:
+    """Return what tells one judge from another; None where names do not.
 
-
-def _named(thing: object) -> str:
-    if isinstance(thing, partial):
-        return f"{_named(thing.func)}{thing.args}{sorted(thing.keywords.items())}"
-    name = getattr(thing, "__qualname__", None)
-    if name is not None:
-        return f"{getattr(thing, '__module__', '')}.{name}"
-    return str(thing) if is_dataclass(thing) else type(thing).__qualname__
+    A lambda, an object or a list of batches may be another one next time, under the same name.
+    """
+    told: list[object] = [evaluation.chosen()]
+    for option, thing in (
+        ("model", evaluation.model),
+        ("data", evaluation.batches),
+        ("forward", evaluation.forward),
+        ("eval", evaluation.evaluate),
+    ):
+        if thing is None:
+            continue
+        if isinstance(thing, EvalCommand):
+            told.append(thing.command)
+        elif option in evaluation.names:
+            told += [evaluation.names[option], evaluation.names.get(f"{option}-args")]
+        elif (name := importable_name(thing)) is not None:
+            told.append(name)
+        else:
+            return None
+    return hashlib.sha256(repr(told).encode("utf-8", "surrogatepass")).hexdigest()  # no tokens
