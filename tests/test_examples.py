@@ -64,3 +64,31 @@ def test_batchnorm_table_shows_what_the_pass_and_its_estimators_bring(tmp_path: 
         assert population < min(paper, torch)
     assert error["shuffled, the last batch ragged"][2] >= 1
     assert min(error["sorted by digit, batches of 100"][1:]) >= 1
+
+
+def test_the_sweep_shows_which_averages_tie_and_which_lose(tmp_path: Path) -> None:
+    pytest.importorskip("mnist1d", reason="needs the extra 'examples'")
+    script = [sys.executable, str(EXAMPLES / "mnist1d_sweep.py"), "--seeds", "0"]
+    result = subprocess.run(
+        [*script, "--work-dir", str(tmp_path / "work")],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = re.findall(r"^(\S.*?)\s{2,}([\d.]+) ± [\d.]+\s", result.stdout, re.MULTILINE)
+    assert len(rows) == 16 + 5
+    assert len(re.findall(r"^yes ", result.stdout, re.MULTILINE)) == 4
+    assert (tmp_path / "work" / "seed-0" / "best" / "sweep.json").exists()
+
+
+def test_the_language_model_is_averaged_and_decayed(tmp_path: Path) -> None:
+    script = [sys.executable, str(EXAMPLES / "shakespeare_lm.py"), "--seeds", "0"]
+    options = ["--stable", "20", "--more", "20", "--text", str(EXAMPLES / "quickstart.py")]
+    result = subprocess.run(
+        [*script, *options, "--work-dir", str(tmp_path / "work")],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    losses = dict(re.findall(r"^(\S.*?)\s{2,}([\d.]+) ± [\d.]+\s", result.stdout, re.MULTILINE))
+    assert len(losses) == 1 + 3 + 12
+    assert len(list((tmp_path / "work" / "seed-0").glob("step-*.pt"))) == 21
+    assert max(map(float, losses.values())) < 5  # nats; nearly 4.5 for a model that knows nothing
