@@ -120,7 +120,4 @@ def _written_names(output: Path) -> set[str]:
 
 def existing_parent(path: Path) -> Path:
     """Return the nearest directory above a path that is there."""
-    parent = path.parent
-    while not parent.exists():
-        parent = parent.parent
-    return parent
+    return next(parent for parent in path.parents if parent.exists())

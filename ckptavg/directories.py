@@ -3,14 +3,18 @@
 import ctypes
 import errno
 import fcntl
+import glob
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2  # flags of renameat2(2)
 _AT_FDCWD = -100
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
 _LOCK_ATTEMPTS = 100
+_N_HEX_DIGITS = 16
 
 
 def bottom_up(root: Path) -> Iterator[Path]:
@@ -19,6 +23,60 @@ def bottom_up(root: Path) -> Iterator[Path]:
         if entry.is_dir():
             yield from bottom_up(entry)
     yield root
+
+
+def make_parents(path: Path) -> list[Path]:
+    """Make the directories above a path that are missing; return them, the outermost first.
+
+    Raises:
+        OSError: If one cannot be made; none is left then.
+    """
+    missing = list(takewhile(lambda parent: not parent.exists(), path.parents))
+    made: list[Path] = []
+    try:
+        for directory in reversed(missing):
+            if not directory.is_dir():
+                directory.mkdir(exist_ok=True)
+                made.append(directory)
+    except BaseException:
+        remove_empty(made)
+        raise
+    return made
+
+
+def remove_empty(directories: Sequence[Path]) -> None:
+    """Remove directories that ``make_parents`` made, up to the first that holds something else."""
+    for directory in reversed(directories):
+        try:
+            directory.rmdir()
+        except OSError:
+            return
+
+
+def abandoned(current: Path) -> Iterator[Path]:
+    """Yield what other runs left beside a directory, each locked while it is looked at.
+
+    The names end in 16 hexadecimal digits, and differ in those alone; ``NAME.lock`` is the lock.
+    What a living process has locked is passed over. Of some there may be no more than the lock,
+    which is removed.
+    """
+    stem = current.name[:-_N_HEX_DIGITS]
+    like = re.compile(re.escape(stem) + f"[0-9a-f]{{{_N_HEX_DIGITS}}}")
+    found = current.parent.glob(f"{glob.escape(stem)}*")
+    names = {path.name.removesuffix(".lock") for path in found} - {current.name}
+    for name in sorted(filter(like.fullmatch, names)):
+        lock_path = current.with_name(f"{name}.lock")
+        try:
+            lock = open_lock(lock_path)
+        except OSError:  # not ours to open
+            continue
+        if lock is None:
+            continue
+        try:
+            yield current.with_name(name)
+            lock_path.unlink(missing_ok=True)
+        finally:
+            os.close(lock)
 
 
 def open_lock(path: Path) -> int | None:

@@ -7,7 +7,7 @@ from functools import cached_property
 from ckptavg.cycles import Minima, Plateau, Reading, cycle_minima, last_plateau
 from ckptavg.errors import SourceError
 from ckptavg.loss_valley import OPTIMUM_PATIENCE, TOLERANCE, swad_window
-from ckptavg.metrics import best_mode, chosen_metric, is_better
+from ckptavg.metrics import badness, best_mode, chosen_metric
 from ckptavg.rates import Saved, Told, positions, told_rates
 from ckptavg.selection import Selection, too_few
 from ckptavg.training_log import Row, TrainingLog, read_log
@@ -178,14 +178,12 @@ class LogSelection:
         there = [index for index in indices if not math.isnan(values[index])]
         if wanted > len(there):
             raise too_few(f"--best {wanted}", len(there))
-        best: list[int] = []
-        for index in reversed(there):  # of equally good ones the newest
-            at = sum(not is_better(values[index], values[other], mode) for other in best)
-            best.insert(at, index)
-        named = [f"{self._name(index)} ({_short(values[index])})" for index in best[:wanted]]
+        newest_first = there[::-1]  # of equally good ones the newest
+        best = sorted(newest_first, key=lambda index: badness(values[index], mode))[:wanted]
+        named = [f"{self._name(index)} ({_short(values[index])})" for index in best]
         how = "lowest" if mode == "min" else "highest"
         self.notes.append(f"with the {how} {metric} ({source}): {_some(named)}")
-        return sorted(best[:wanted])
+        return sorted(best)
 
     def _in_valley(self, indices: Sequence[int]) -> list[int]:
         names = self._metric_names()

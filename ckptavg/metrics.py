@@ -3,13 +3,14 @@
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from ckptavg.errors import UsageError
 
 Mode = Literal["min", "max"]
+Key = TypeVar("Key", bound=Hashable)
 
 _LOW = re.compile(
     r"loss|nll|perplexity|ppl|err(or)?s?|mse|mae|rmse|wer|cer|fid|bpb|bpc|ece|brier", re.IGNORECASE
@@ -48,11 +49,16 @@ def best_mode(name: str, mode: Mode | None = None) -> Mode:
     return "min" if low else "max"
 
 
+def badness(value: float, mode: Mode) -> tuple[bool, float]:
+    """Return what sorts values, the best first: NaN is worse than everything else."""
+    if math.isnan(value):
+        return True, 0.0
+    return False, value if mode == "min" else -value
+
+
 def is_better(one: float, other: float, mode: Mode) -> bool:
     """Tell whether a value is better than another; NaN is worse than everything else."""
-    if math.isnan(one) or math.isnan(other):
-        return math.isnan(other) and not math.isnan(one)
-    return one < other if mode == "min" else one > other
+    return badness(one, mode) < badness(other, mode)
 
 
 def chosen_metric(names: Iterable[str], metric: str | None) -> str:
@@ -99,20 +105,39 @@ class Judge:
         self.mode = best_mode(self.metric, self.mode)
         return metrics[self.metric]
 
-    def is_better(self, one: Mapping[str, float], other: Mapping[str, float]) -> bool:
-        """Tell whether the first is really better."""
-        value, against = self.value(one), self.value(other)
-        return is_better(value, against, best_mode(self.metric or "", self.mode))
+    @property
+    def settled(self) -> tuple[str, Mode]:
+        """Name and mode of the metric, once there was a value."""
+        if self.metric is None or self.mode is None:
+            raise AssertionError("nothing was judged yet")
+        return self.metric, self.mode
 
-    def best(self, all_of: Mapping[str, Mapping[str, float]]) -> str:
-        """Return the name of the best; of equals the first.
+    def badness(self, metrics: Mapping[str, float]) -> tuple[bool, float]:
+        """Return what sorts models, the best first, and those without a number last.
 
         Raises:
             UsageError: As ``value`` does.
         """
-        names = iter(all_of)
-        best = next(names)
-        for name in names:
-            if self.is_better(all_of[name], all_of[best]):
-                best = name
-        return best
+        value = self.value(metrics)
+        return badness(value, self.settled[1])
+
+    def is_better(self, one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+        """Tell whether the first is really better."""
+        value, against = self.value(one), self.value(other)
+        return is_better(value, against, self.settled[1])
+
+    def ranked(self, all_of: Mapping[Key, Mapping[str, float]]) -> list[Key]:
+        """Return the keys of all, best first; equals stay in their order.
+
+        Raises:
+            UsageError: As ``value`` does.
+        """
+        return sorted(all_of, key=lambda key: self.badness(all_of[key]))
+
+    def best(self, all_of: Mapping[Key, Mapping[str, float]]) -> Key:
+        """Return the key of the best; of equals the first.
+
+        Raises:
+            UsageError: As ``value`` does.
+        """
+        return min(all_of, key=lambda key: self.badness(all_of[key]))

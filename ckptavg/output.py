@@ -5,9 +5,7 @@ and renamed. OUT either does not exist, is what it was before, or is complete.
 """
 
 import errno
-import glob
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -22,10 +20,13 @@ from ckptavg.destination import check_replaceable
 from ckptavg.directories import (
     RENAME_EXCHANGE,
     RENAME_NOREPLACE,
+    abandoned,
     bottom_up,
     can_lock,
     identity,
+    make_parents,
     open_lock,
+    remove_empty,
     rename,
     sync_directory,
 )
@@ -42,7 +43,6 @@ from ckptavg.journal import (
 from ckptavg.plan import AveragePlan
 from ckptavg.writer import ModelWriter, write_small_file
 
-_PARTIAL_SUFFIX = re.compile(r"\.partial-[0-9a-f]{16}$")
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
@@ -87,7 +87,7 @@ class OutputDirectory:
         )
         self.partial = self.output.with_name(f"{self.output.name}.partial-{plan.fingerprint}")
         self.models = [
-            ModelWriter(self.partial / one.name, plan, metadata=strings, failed=self._failed)
+            ModelWriter(self.partial / one.name, plan, metadata=strings, failed=self.failed)
             for one, strings in zip(plan.outputs, metadata, strict=True)
         ]
         self.finished: dict[int, Differing] = {}
@@ -125,7 +125,7 @@ class OutputDirectory:
             self._journal.sync(())  # recovered blocks were synced before
         except OSError as error:
             self._abandon()
-            raise self._failed(error) from error
+            raise self.failed(error) from error
         except BaseException as error:
             self._leave_unpublished(error)
             raise
@@ -160,7 +160,7 @@ class OutputDirectory:
             if self._journal is not None:
                 self._journal.record(block, differing)
         except OSError as error:
-            raise self._failed(error) from error
+            raise self.failed(error) from error
 
     def sync(self) -> None:
         """Bring all that this process wrote into the weight files to the storage.
@@ -170,7 +170,7 @@ class OutputDirectory:
         """
         self._end_background()
         if (failure := self._background_error()) is not None:
-            raise self._failed(failure) from failure
+            raise self.failed(failure) from failure
         for model in self.models:
             model.sync()
 
@@ -211,7 +211,7 @@ class OutputDirectory:
             remove_journals(self.partial)
             sync_directory(self.partial)
         except OSError as error:
-            raise self._failed(error) from error
+            raise self.failed(error) from error
 
     def add_file(self, name: str, content: bytes) -> None:
         """Add a small file beside all models.
@@ -222,7 +222,7 @@ class OutputDirectory:
         try:
             write_small_file(self.partial / name, content)
         except OSError as error:
-            raise self._failed(error) from error
+            raise self.failed(error) from error
 
     def keep_only(self, index: int) -> None:
         """Leave nothing but one model, and make it the output itself; the journal is ended.
@@ -244,9 +244,14 @@ class OutputDirectory:
                 entry.rename(self.partial / entry.name)
             aside.rmdir()
         except OSError as error:
-            raise self._failed(error) from error
+            raise self.failed(error) from error
         kept.directory = self.partial
         self.models = [kept]
+
+    def failed(self, error: OSError) -> OutputError:
+        """Return the error for a storage that refuses."""
+        reason = (error.strerror or str(error)).lower()
+        return OutputError(f"{self._shown}: cannot be written: {reason}; nothing was published")
 
     def publish(self) -> None:
         """Sync everything to storage and give the directory its name, in one step.
@@ -265,7 +270,7 @@ class OutputDirectory:
                 sync_directory(directory)
             replaced = self._rename()
         except OSError as error:
-            raise self._failed(error) from error
+            raise self.failed(error) from error
         except BaseException as error:
             if not self._is_in_place():
                 raise
@@ -310,15 +315,7 @@ class OutputDirectory:
     # -- making and recovering
 
     def _make(self) -> None:
-        missing = []
-        parent = self.output.parent
-        while not parent.exists():
-            missing.append(parent)
-            parent = parent.parent
-        for directory in reversed(missing):
-            if not directory.is_dir():
-                directory.mkdir(exist_ok=True)
-                self._made_parents.append(directory)
+        self._made_parents = make_parents(self.output)
         self._make_partial()
         if self._overwrite and os.path.lexists(self.output):
             self._try_exchange()
@@ -366,27 +363,16 @@ class OutputDirectory:
 
     def _clear_others(self) -> None:
         """Remove what runs with other inputs or options left behind, unless they are alive."""
-        found = self.output.parent.glob(f"{glob.escape(self.output.name)}.partial-*")
-        names = {path.name.removesuffix(".lock") for path in found} - {self.partial.name}
-        for name in sorted(filter(_PARTIAL_SUFFIX.search, names)):
-            stale = self.output.with_name(name)
-            lock_path = stale.with_name(f"{name}.lock")
-            try:
-                lock = open_lock(lock_path)
-            except OSError:  # not ours to open
+        for stale in abandoned(self.partial):
+            if stale.is_symlink():
                 continue
-            if lock is None:
-                continue
-            if not stale.is_symlink():
-                was_continuable = bool(read_journals(stale))
-                shutil.rmtree(stale, ignore_errors=True)
-                if was_continuable and not stale.exists():
-                    self.notes.append(
-                        f"{self._shown}: an interrupted run had other inputs or options; what it "
-                        "left was removed, and this one started afresh"
-                    )
-            lock_path.unlink(missing_ok=True)
-            os.close(lock)
+            was_continuable = bool(read_journals(stale))
+            shutil.rmtree(stale, ignore_errors=True)
+            if was_continuable and not stale.exists():
+                self.notes.append(
+                    f"{self._shown}: an interrupted run had other inputs or options; what it "
+                    "left was removed, and this one started afresh"
+                )
 
     def _recover(self) -> bool:
         """Take over what an interrupted run of the same plan finished; tell whether it had."""
@@ -463,11 +449,7 @@ class OutputDirectory:
         if self._owns_partial:
             shutil.rmtree(self.partial, ignore_errors=True)
         self._close()
-        for directory in reversed(self._made_parents):
-            try:
-                directory.rmdir()
-            except OSError:
-                break
+        remove_empty(self._made_parents)
 
     def _close(self) -> None:
         for model in self.models:
@@ -477,10 +459,6 @@ class OutputDirectory:
                 self._lock_path.unlink()
             os.close(self._lock)  # and unlock
             self._lock = -1
-
-    def _failed(self, error: OSError) -> OutputError:
-        reason = (error.strerror or str(error)).lower()
-        return OutputError(f"{self._shown}: cannot be written: {reason}; nothing was published")
 
     def _cannot_exchange(self) -> OutputError:
         return OutputError(

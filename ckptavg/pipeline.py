@@ -2,7 +2,8 @@
 
 sources -> checkpoints (headers only) -> plan -> average -> writer -> [BatchNorm pass] -> publish
 
-``ckptavg.verify`` stands beside it: it looks at what was published.
+``ckptavg.verify`` stands beside it: it looks at what was published. ``ckptavg.search`` stands above
+it: many averages, judged by the user's metric (``sweep``, ``soup``, ``tune``).
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ from ckptavg.steps import (
     enter_together,
     evaluate_by_command,
     finish,
+    outcome_notes,
     prepare_together,
     recompute_statistics,
-    report_notes,
     result_of,
 )
 from ckptavg.tensors import HubRevision, OutputFormat, PushResult
@@ -222,7 +223,7 @@ def average_checkpoints(
         outcomes = recompute_statistics(processes, prepared, directory, batchnorm, progress)
         notes = (
             *plan.notes, *prepared.notes, *directory.notes, *averaged.notes,
-            *(note for one in outcomes if one is not None for note in report_notes(one.report)),
+            *outcome_notes(outcomes),
         )  # fmt: skip
         processes.first(lambda: complete_all(prepared, directory))
         outcomes = evaluate_by_command(processes, batchnorm, directory, outcomes)

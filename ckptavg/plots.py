@@ -66,8 +66,7 @@ def sweep_plot(
     dots.hlines(place, min(values), values, color=_BLUE, alpha=0.3, linewidth=1)
     dots.plot(values, place, "o", color=_BLUE)
     dots.set_yticks(place, [_short(row.name) for row in worst_first])
-    better = "lower is better" if judge.mode == "min" else "higher is better"
-    dots.set_xlabel(f"{judge.metric} ({better})")
+    dots.set_xlabel(_with_direction(judge))
     dots.set_title("averages, best on top", fontsize="medium")
     if has_curve:
         numbers, heights = zip(*curve, strict=True)
@@ -81,9 +80,6 @@ def sweep_plot(
         dots.axvline(value, color=color, linestyle=style, linewidth=1.2, label=label)
         if has_curve:
             panels[1].axhline(value, color=color, linestyle=style, linewidth=1.2)
-    for panel in panels:
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     return _png(figure)
 
@@ -116,12 +112,9 @@ def soup_plot(steps: Sequence[SoupStep], judge: Judge) -> bytes:
     panel.plot(accepted, [means[at - 1] for at in accepted], "o", color=_BLUE, label="accepted")
     panel.plot(rejected, [means[at - 1] for at in rejected], "x", color=_ORANGE, label="rejected")
     panel.plot(places, alone, ".", color=_BLACK, label="the candidate alone")
-    better = "lower is better" if judge.mode == "min" else "higher is better"
     panel.set_xlabel("candidate, best first")
-    panel.set_ylabel(f"{judge.metric} ({better})")
+    panel.set_ylabel(_with_direction(judge))
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    panel.grid(alpha=0.25)
-    panel.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
     return _png(figure)
 
@@ -150,9 +143,8 @@ def tune_plot(trials: Sequence[Trial], judge: Judge) -> bytes:
     course.plot(places, values, ".", color=_BLACK, label="tried")
     course.step(places, [values[at] for at in best], where="post", color=_BLUE, label="best so far")
     course.axhline(values[0], color=_ORANGE, linestyle="--", label="uniform mean")
-    direction = "lower is better" if judge.mode == "min" else "higher is better"
     course.set_xlabel("average tried")
-    course.set_ylabel(f"{judge.metric} ({direction})")
+    course.set_ylabel(_with_direction(judge))
     chosen = trials[best[-1]].coefficients
     numbers = range(1, len(chosen) + 1)
     weights.bar(numbers, chosen, color=_BLUE, label="best")
@@ -161,13 +153,19 @@ def tune_plot(trials: Sequence[Trial], judge: Judge) -> bytes:
     weights.set_ylabel("coefficient")
     for panel in (course, weights):
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
     course.legend(fontsize="small", frameon=False)
     return _png(figure)
 
 
+def _with_direction(judge: Judge) -> str:
+    metric, mode = judge.settled
+    return f"{metric} ({'lower' if mode == 'min' else 'higher'} is better)"
+
+
 def _png(figure: "Figure") -> bytes:
+    for panel in figure.axes:
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=_DPI)
     return image.getvalue()

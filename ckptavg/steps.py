@@ -171,15 +171,18 @@ def recompute_statistics(
         for number, model in enumerate(directory.models)
     ]
 
-    def patch() -> None:
-        if any(outcome.statistics for outcome in outcomes):
-            directory.end_journal()
-        for model, outcome in zip(directory.models, outcomes, strict=True):
-            for name, data in outcome.statistics:
-                model.patch(name, data)
-
-    processes.first(patch)
+    processes.first(lambda: put_statistics(directory, outcomes))
     return [*outcomes]
+
+
+def put_statistics(directory: OutputDirectory, outcomes: Sequence[BnOutcome | None]) -> None:
+    """Put new BatchNorm statistics into the written files of every output that has some."""
+    statistics = [[] if outcome is None else outcome.statistics for outcome in outcomes]
+    if any(statistics):
+        directory.end_journal()
+    for model, fresh in zip(directory.models, statistics, strict=True):
+        for name, data in fresh:
+            model.patch(name, data)
 
 
 def add_indexes(directory: OutputDirectory) -> None:
@@ -348,10 +351,13 @@ def outcome_fields(outcome: BnOutcome | None) -> dict[str, Any]:
     }
 
 
-def report_notes(report: BnReport | None) -> list[str]:
-    """Return what a user should know about a BatchNorm pass; None where there was none."""
-    if report is None:
-        return []
+def outcome_notes(outcomes: Sequence[BnOutcome | None]) -> list[str]:
+    """Return what a user should know about the BatchNorm passes of a run."""
+    reports = [one.report for one in outcomes if one is not None]
+    return [note for report in reports if report is not None for note in _report_notes(report)]
+
+
+def _report_notes(report: BnReport) -> list[str]:
     notes = [f"BatchNorm layer '{name}' {why}" for name, why in report.skipped.items()]
     notes += [f"BatchNorm pass: {note}" for note in report.notes]
     if not report.layers and not report.skipped:

@@ -21,7 +21,8 @@ from conftest import FORMATS, save_checkpoint, tree
 from hub_fixtures import REPO, save_steps, upload
 from loopback_hub import LoopbackHub
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from search_fixtures import BATCHES, Evaluations, Net, batches, enter_with_module
+from torch import nn
 
 from ckptavg import (
     BnPass,
@@ -41,22 +42,6 @@ from ckptavg.live_model import LiveModel
 from ckptavg.tensors import Piece
 
 TARGET = 3.0
-BATCHES = [torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 8.0]])]
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(2, 1, bias=False)
-        self.bn = nn.BatchNorm1d(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.bn(self.linear(x))
-        return out
-
-
-def batches() -> list[Tensor]:
-    return BATCHES
 
 
 def save_run(folder: Path, weights: Sequence[float], layout: str = "safetensors") -> list[Path]:
@@ -360,30 +345,10 @@ def test_normed_layers_are_refused(tmp_path: Path) -> None:
 # ---- interruptions -------------------------------------------------------------------------------
 
 
-class Judge:
-    calls = 0
-    stop_at = -1
-    error: BaseException = KeyboardInterrupt()
-
-
 def interrupted(model: nn.Module) -> dict[str, float]:
     """Judge as ``distance`` does; raise at one of the calls."""
-    Judge.calls += 1
-    if Judge.calls == Judge.stop_at:
-        raise Judge.error
+    Evaluations.next()
     return distance(model)
-
-
-@pytest.fixture
-def stop(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Return ``stop(at, error)``, which says when ``interrupted`` raises what."""
-
-    def stop(at: int, error: BaseException | None = None) -> None:
-        monkeypatch.setattr(Judge, "stop_at", at)
-        monkeypatch.setattr(Judge, "error", error or KeyboardInterrupt())
-
-    monkeypatch.setattr(Judge, "calls", 0)
-    return stop
 
 
 WEIGHTS = [5.5, 4.0, 2.5, 1.25, 3.2, 2.9]
@@ -408,7 +373,7 @@ def test_a_soup_goes_on_where_it_was_interrupted_or_where_the_evaluation_failed(
     assert any("the same command goes on from it" in note for note in notes) is (at > 1)
     stop(-1)
     found = soup(sources, interrupted)
-    assert Judge.calls == N_EVALUATIONS + 1  # each once, but for the one that failed
+    assert Evaluations.count == N_EVALUATIONS + 1  # each once, but for the one that failed
     result = tree(tmp_path / "out")["model.safetensors"]
     fresh = soup(sources, overwrite=True)
     assert fresh.steps == found.steps
@@ -423,12 +388,12 @@ def test_a_torn_log_loses_no_more_than_its_last_line(
     fresh = soup(sources)
     for torn in (5, 20):
         stop(9)
-        Judge.calls = 0
+        Evaluations.count = 0
         with pytest.raises(KeyboardInterrupt):
             soup(sources, interrupted, overwrite=True)
         (log,) = tmp_path.glob("out.soup-*/log.jsonl")
         os.truncate(log, log.stat().st_size - torn)
-        stop(Judge.calls + 2)
+        stop(Evaluations.count + 2)
         with pytest.raises(KeyboardInterrupt):
             soup(sources, interrupted, overwrite=True)
         assert all(isinstance(json.loads(line), dict) for line in log.read_text().splitlines())
@@ -607,32 +572,9 @@ def test_the_evidence_tells_every_step(tmp_path: Path) -> None:
     assert provenance["recipe"]["accumulate"] == "float64"
 
 
-MODULE = """
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(2, 1, bias=False)
-        self.bn = nn.BatchNorm1d(1)
-
-    def forward(self, x):
-        return self.bn(self.linear(x))
-
-batches = [torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 8.0]])]
-
-def error(model):
-    return {"error": abs(model.linear.weight.mean().item() - 3)}
-"""
-
-
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "cooked", raising=False)
-    (tmp_path / "cooked.py").write_text(MODULE)
+    enter_with_module(tmp_path, monkeypatch, "cooked")
     save_run(tmp_path, [5.5, 4.0, 2.5])
     return tmp_path
 

@@ -1,6 +1,7 @@
 """Sweeps: what is judged, what is kept, what stands beside it."""
 
 import csv
+import errno
 import importlib
 import json
 import math
@@ -17,13 +18,15 @@ from conftest import FORMATS, save_checkpoint, tree
 from hub_fixtures import REPO, save_steps, upload
 from loopback_hub import LoopbackHub
 from safetensors.torch import load_file
+from search_fixtures import BATCHES, Net, batches, enter_with_module
 from test_processes import torchrun
-from torch import Tensor, nn
+from torch import nn
 
 from ckptavg import (
     BnPass,
     EvalCommand,
     ModelError,
+    OutputError,
     Scheme,
     SweepResult,
     UsageError,
@@ -32,27 +35,10 @@ from ckptavg import (
 )
 from ckptavg.cli import run
 from ckptavg.metrics import Judge, best_mode
+from ckptavg.search.line_log import LineLog
 
 WEIGHTS = (1.0, 4.0, 2.0, 5.0)  # means of the last n: 5, 3.5, 3.67, 3
 SCHEMES = ["uniform:last=2", "uniform:last=3", "uniform"]
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(2, 1, bias=False)
-        self.bn = nn.BatchNorm1d(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.bn(self.linear(x))
-        return out
-
-
-BATCHES = [torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 8.0]])]
-
-
-def batches() -> list[Tensor]:
-    return BATCHES
 
 
 def save_run(folder: Path, layout: str = "safetensors") -> list[Path]:
@@ -429,6 +415,20 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(
     assert not [name for name in result if name.startswith(".")]
 
 
+def test_a_storage_that_takes_no_evaluations_is_an_output_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: LineLog, entry: Mapping[str, Any]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    sources = save_run(tmp_path)
+    before = tree(tmp_path)
+    monkeypatch.setattr(LineLog, "add", full)
+    with pytest.raises(OutputError, match="out: cannot be written: no space left on device"):
+        judged(sources)
+    assert tree(tmp_path) == before
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_what_a_judge_without_a_name_said_is_not_taken_again(tmp_path: Path, number: int) -> None:
     sources, calls = save_run(tmp_path), [0]
@@ -465,33 +465,10 @@ def test_another_judge_does_not_take_what_the_first_one_said(tmp_path: Path) -> 
 
 # ---- the command line, the Hub, several processes ------------------------------------------------
 
-MODULE = """
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(2, 1, bias=False)
-        self.bn = nn.BatchNorm1d(1)
-
-    def forward(self, x):
-        return self.bn(self.linear(x))
-
-batches = [torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 8.0]])]
-
-def look(model):
-    print("looking")
-    return {"loss": model.linear.weight.mean().item()}
-"""
-
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "swept", raising=False)
-    (tmp_path / "swept.py").write_text(MODULE)
+    enter_with_module(tmp_path, monkeypatch, "swept")
     save_run(tmp_path)
     return tmp_path
 

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import pytest
 import torch
 from conftest import tree
 from safetensors.torch import load_file
-from test_soup import MODULE, Net, batches, save_run
+from search_fixtures import Evaluations, Net, batches, enter_with_module
+from test_soup import save_run
 from torch import nn
 
 from ckptavg import BnPass, ModelError, TuneResult, UsageError, tune, verify_output
@@ -93,28 +93,19 @@ def test_the_same_seed_tries_the_same(tmp_path: Path) -> None:
     assert one.trials != third.trials
 
 
-class Judge:
-    calls = 0
-    stop_at = -1
-    error: BaseException = KeyboardInterrupt()
-
-
 def interrupted(model: nn.Module) -> dict[str, float]:
     """Judge as ``distance`` does; raise at one of the calls."""
-    Judge.calls += 1
-    if Judge.calls == Judge.stop_at:
-        raise Judge.error
+    Evaluations.next()
     return distance(model)
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])
 @pytest.mark.parametrize("at", [1, 4, 11, 18, 23])
 def test_an_interrupted_search_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException], at: int
+    tmp_path: Path, stop: Callable[..., None], kind: type[BaseException], at: int
 ) -> None:
     sources = save_run(tmp_path, WEIGHTS)
-    for name, value in (("calls", 0), ("stop_at", at), ("error", kind("stopped"))):
-        monkeypatch.setattr(Judge, name, value)
+    stop(at, kind("stopped"))
     with pytest.raises((ModelError, KeyboardInterrupt)):
         tuned(sources, interrupted, trials=20)
     found = tuned(sources, interrupted, trials=20)
@@ -123,36 +114,28 @@ def test_an_interrupted_search_goes_on(
     # of an interrupted generation all is kept (but the best is judged for its statistics again),
     # of one whose evaluation failed nothing
     n_lost = {KeyboardInterrupt: 1 + 3 + 1, OSError: 1 + 9}[kind]
-    assert Judge.calls <= 20 + 3 + n_lost
+    assert Evaluations.count <= 20 + 3 + n_lost
     assert not [path for path in tmp_path.iterdir() if "tune-" in path.name]
 
 
-CALLS, STOP = [0], [0]
-
-
-def counted(model: nn.Module) -> dict[str, float]:  # by a name that tells it from others
-    CALLS[0] += 1
-    if CALLS[0] == STOP[0]:
-        raise KeyboardInterrupt
-    return distance(model)
-
-
 @pytest.mark.parametrize("at", [9, 17])  # in the first and in the second generation
-def test_no_evaluation_of_an_unfinished_generation_is_lost(tmp_path: Path, at: int) -> None:
+def test_no_evaluation_of_an_unfinished_generation_is_lost(
+    tmp_path: Path, stop: Callable[..., None], at: int
+) -> None:
     sources = save_run(tmp_path, WEIGHTS)
-    evaluation = BnPass(model=Net, batches=batches, evaluate=counted)
+    evaluation = BnPass(model=Net, batches=batches, evaluate=interrupted)
 
     def calls(output: str) -> int:
-        CALLS[0] = 0
+        Evaluations.count = 0
         with contextlib.suppress(KeyboardInterrupt):
             tune(sources, tmp_path / output, evaluation=evaluation, trials=24)
-        return CALLS[0]
+        return Evaluations.count
 
-    STOP[0] = 0
+    stop(-1)
     whole = calls("whole")
-    STOP[0] = at
+    stop(at)
     assert calls("out") == at
-    STOP[0] = 0
+    stop(-1)
     assert (at - 1) + calls("out") == whole
 
 
@@ -196,10 +179,7 @@ def test_without_the_optimiser_it_says_how_to_get_it(
 def test_the_command_line_tells_the_coefficients(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "cooked", raising=False)
-    (tmp_path / "cooked.py").write_text(MODULE)
+    enter_with_module(tmp_path, monkeypatch, "cooked")
     save_run(tmp_path, WEIGHTS)
     arguments = [
         "tune", "step*.safetensors", "-o", "out", "--model", "cooked:Net", "--eval",

@@ -14,7 +14,7 @@ from torch import nn
 
 from ckptavg import BnPass, ModelError, UsageError
 from ckptavg.bn_options import BnOptions
-from ckptavg.cli.options import model_arguments, model_options
+from ckptavg.cli.model_options import model_arguments, model_options
 from ckptavg.cli.user_code import load_bn_pass, load_thing
 from ckptavg.eval_command import EvalCommand
 from ckptavg.model_zoo import ModelFromConfig

@@ -174,7 +174,7 @@ def _refuse_nonfinite(
     for index, bad in bad_in.items():
         refused = bad & ~shared
         if refused.any():
-            name = _first_name(chunk.pieces, chunk.dtype.itemsize, suspects[refused])
+            name = first_name(chunk, suspects[refused])
             raise nonfinite_error(job.plan, job.checkpoints, index, name)
 
 
@@ -184,7 +184,7 @@ def _refuse_overflow(
     """Refuse an output that is not finite though the checkpoints are."""
     overflowed = is_nonfinite(output, chunk.output_dtype) & ~shared
     if overflowed.any() and not job.plan.recipe.allow_nonfinite:
-        name = _first_name(chunk.pieces, chunk.dtype.itemsize, suspects[overflowed])
+        name = first_name(chunk, suspects[overflowed])
         raise overflow_error(name, chunk.output_dtype)
 
 
@@ -225,7 +225,7 @@ def _differing_names(chunk: Chunk, one: Array, other: Array) -> list[str]:
     itemsize = chunk.dtype.itemsize
     return [
         name
-        for name, elements in _tensors_of(chunk.pieces, itemsize)
+        for name, elements in _tensors_of(chunk)
         if not np.array_equal(
             one[elements.start * itemsize : elements.stop * itemsize],
             other[elements.start * itemsize : elements.stop * itemsize],
@@ -233,15 +233,15 @@ def _differing_names(chunk: Chunk, one: Array, other: Array) -> list[str]:
     ]
 
 
-def _tensors_of(pieces: Sequence[Piece], itemsize: int) -> Iterator[tuple[str, slice]]:
-    """Yield the tensors in some pieces, each with its elements' place among them."""
+def _tensors_of(chunk: Chunk) -> Iterator[tuple[str, slice]]:
+    """Yield the tensors in a chunk, each with its elements' place in it."""
     start = 0
-    for name, first, last in pieces:
-        stop = start + (last - first) // itemsize
+    for name, first, last in chunk.pieces:
+        stop = start + (last - first) // chunk.dtype.itemsize
         yield name, slice(start, stop)
         start = stop
 
 
-def _first_name(pieces: Sequence[Piece], itemsize: int, elements: NDArray[np.intp]) -> str:
-    """Return the tensor that the first of some elements belongs to."""
-    return next(name for name, place in _tensors_of(pieces, itemsize) if elements[0] < place.stop)
+def first_name(chunk: Chunk, elements: NDArray[np.intp]) -> str:
+    """Return the tensor that the first of some elements of a chunk belongs to."""
+    return next(name for name, place in _tensors_of(chunk) if elements[0] < place.stop)

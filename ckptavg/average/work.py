@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock, Thread
 from time import perf_counter
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from ckptavg.blocks import Action, Chunk, Differing
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.plan import AveragePlan
 
 MiB = 2**20
+Item = TypeVar("Item")
 
 Progress = Callable[[int], None]  # called with the input bytes done since the last call
 
@@ -128,18 +129,18 @@ class Ledger:
             self.job.progress(chunk.nbytes * len(self.job.plan.used_checkpoints))
 
 
-class SharedIterator:
+class SharedIterator(Generic[Item]):
     """Hands the items of an iterator to several threads until it ends or is stopped."""
 
-    def __init__(self, items: Iterator[Chunk]) -> None:
+    def __init__(self, items: Iterator[Item]) -> None:
         self._items = items
         self._lock = Lock()
         self._stopped = False
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Iterator[Item]:
         return self
 
-    def __next__(self) -> Chunk:
+    def __next__(self) -> Item:
         with self._lock:
             if self._stopped:
                 raise StopIteration

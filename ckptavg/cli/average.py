@@ -4,14 +4,13 @@ from typing import Any
 
 import click
 
+from ckptavg.cli.model_options import model_arguments, model_options
+from ckptavg.cli.option_types import Coefficients
 from ckptavg.cli.options import (
-    Coefficients,
     averaging_arguments,
     averaging_options,
     machine_options,
     metric_options,
-    model_arguments,
-    model_options,
     output_options,
     pipeline_arguments,
     push_options,

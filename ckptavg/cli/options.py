@@ -1,80 +1,16 @@
 """Options that several commands share, under the same names and words everywhere."""
 
-import re
 from collections.abc import Callable
 from typing import Any, TypeVar, get_args
 
 import click
 
-from ckptavg.bn_options import Amp, BnOptions, Estimator, TrainMode
+from ckptavg.cli.option_types import ByteSize, StepRange
 from ckptavg.cycles import Recorded
-from ckptavg.errors import UsageError
 from ckptavg.metrics import Mode
 from ckptavg.tensors import OutputFormat
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-_UNITS = {
-    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
-}  # fmt: skip
-
-
-class ByteSize(click.ParamType[int]):
-    """A size such as ``512MiB``, ``5GB`` or a plain number of bytes."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the number of bytes."""
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
-        if not match or match[2].upper() not in _UNITS:
-            self.fail(f"'{value}' is not a size such as 512MiB or 5GB", param, ctx)
-        nbytes = int(float(match[1]) * _UNITS[match[2].upper()])
-        if nbytes <= 0:
-            self.fail(f"'{value}' is not a positive size", param, ctx)
-        return nbytes
-
-
-class KeyValue(click.ParamType[tuple[str, Any]]):
-    """``key=value``; the value is a Python literal if it can be read as one, else text."""
-
-    name = "key=value"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, Any]:
-        """Return key and value."""
-        import ast
-
-        key, equals, text = value.partition("=")
-        if not equals or not key.isidentifier():
-            self.fail(f"'{value}' is not of the form key=value", param, ctx)
-        try:
-            return key, ast.literal_eval(text)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            return key, text
-
-
-class Coefficients(click.ParamType[tuple[float, ...]]):
-    """Comma-separated numbers or fractions: ``0.2,0.3,0.5`` or ``1/3,1/3,1/3``."""
-
-    name = "a,b,c"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[float, ...]:
-        """Return the numbers."""
-        from ckptavg.schemes import parse_coefficients
-
-        if isinstance(value, tuple):
-            return value
-        try:
-            return parse_coefficients(value)
-        except UsageError as error:
-            self.fail(str(error), param, ctx)
 
 
 def _list_schemes(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -121,25 +57,6 @@ output_options = combined(
         help="Leave out the *.py files of the model directory (they are copied, never run).",
     ),
 )  # fmt: skip
-
-
-class StepRange(click.ParamType[tuple[int | None, int | None]]):
-    """Training steps ``A:B``, both ends included; either may be left out."""
-
-    name = "A:B"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int | None, int | None]:
-        """Return the ends."""
-        from ckptavg.selection import parse_steps
-
-        if isinstance(value, tuple):
-            return value
-        try:
-            return parse_steps(value)
-        except UsageError as error:
-            self.fail(str(error), param, ctx)
 
 
 _COUNT = click.IntRange(min=1)
@@ -201,17 +118,23 @@ selection_options = combined(
     ),
 )  # fmt: skip
 
-metric_options = combined(
-    click.option(
-        "--metric", metavar="NAME",
-        help="What --best and --swad go by, for example eval_loss.",
-    ),
-    click.option(
-        "--mode", type=click.Choice(get_args(Mode)),
-        help="Whether less or more of it is better, for example min; default: by its name (loss, "
-        "accuracy, ...).",
-    ),
-)  # fmt: skip
+
+def _metric_options(metric_help: str) -> Callable[[Command], Command]:
+    return combined(
+        click.option("--metric", metavar="NAME", help=metric_help),
+        click.option(
+            "--mode", type=click.Choice(get_args(Mode)),
+            help="Whether less or more of it is better, for example min; default: by its name "
+            "(loss, accuracy, ...).",
+        ),
+    )  # fmt: skip
+
+
+metric_options = _metric_options("What --best and --swad go by, for example eval_loss.")
+judging_options = _metric_options(
+    "The metric that decides, for example accuracy; default: the only one there is. --best and "
+    "--swad go by it, too: the log has to know it by the same name."
+)
 
 scheme_options = combined(
     click.option(
@@ -265,18 +188,6 @@ averaging_options = combined(
         "not the mean of their products; the difference is measured.",
     ),
 )
-
-judging_options = combined(
-    click.option(
-        "--metric", metavar="NAME",
-        help="The metric that decides, for example accuracy; default: the only one there is. "
-        "--best and --swad go by it, too: the log has to know it by the same name.",
-    ),
-    click.option(
-        "--mode", type=click.Choice(["min", "max"]),
-        help="Whether it is best when small or large; default: by its name (loss, accuracy, ...).",
-    ),
-)  # fmt: skip
 
 publish_options = combined(
     click.option("--private", is_flag=True, help="Make the repository private, if it is made now."),
@@ -344,129 +255,6 @@ talk_options = combined(
 )
 
 
-def model_options(*, required: bool, compare: str | None) -> Callable[[Command], Command]:
-    """Return the options that name the user's model and data, and say how the model runs.
-
-    Args:
-        required: Whether model and data must be given.
-        compare: What the flag is called that asks for the comparison; None offers none.
-    """
-    comparing = () if compare is None else _compare_options(compare)
-    return combined(
-        click.option(
-            "--model", "model_name", required=required, metavar="PKG.MOD:THING",
-            help="Model for the BatchNorm pass and --eval: a module, a class or a factory, for "
-            "example my_pkg.models:build (the current directory is searched, too), or "
-            "timm:resnet50, torchvision:resnet50, transformers:AutoModelForImageClassification.",
-        ),
-        click.option(
-            "--model-arg", "model_arguments", multiple=True, type=KeyValue(),
-            help="Argument for the class or factory, for example num_classes=10 (repeatable).",
-        ),
-        click.option(
-            "--data", "data_name", required=required, metavar="PKG.MOD:THING",
-            help="Training data for the BatchNorm pass: an iterable of batches or a factory of "
-            "one, for example my_pkg.data:train_batches.",
-        ),
-        click.option(
-            "--data-arg", "data_arguments", multiple=True, type=KeyValue(),
-            help="Argument for the factory of the data, for example batch_size=256 (repeatable).",
-        ),
-        click.option(
-            "--forward", "forward_name", metavar="PKG.MOD:FN",
-            help="fn(model, batch) that runs the model on a batch, for example my_pkg:forward; "
-            "default: tensors, first items of tuples, mappings as keyword arguments.",
-        ),
-        click.option(
-            "--eval", "eval_name", metavar="PKG.MOD:FN",
-            help="fn(model) that returns a metric, or several by name, of the model that is "
-            "published, for example my_pkg.evals:accuracy.",
-        ),
-        click.option(
-            "--eval-command", metavar="COMMAND",
-            help="Command that judges a model directory and prints a number or JSON on its last "
-            "line, for example 'python my_eval.py {model}'.",
-        ),
-        *comparing,
-        click.option(
-            "--batches", "max_batches", type=click.IntRange(min=1), metavar="N",
-            help="Use at most N batches, for example 100; default: all.",
-        ),
-        click.option(
-            "--samples", "max_samples", type=click.IntRange(min=1), metavar="N",
-            help="Stop after the batch that reaches N samples, for example 10000; default: all.",
-        ),
-        click.option(
-            "--until-converged", type=click.FloatRange(0, 1, min_open=True, max_open=True),
-            metavar="TOL",
-            help="Stop once the last tenth of the data moved no statistic by more than TOL of its "
-            "spread, for example 0.01.",
-        ),
-        click.option(
-            "--estimator", type=click.Choice(get_args(Estimator)), default=BnOptions.estimator,
-            show_default=True,
-            help="population: mean and variance of all samples together; paper: variances within "
-            "batches, weighed by samples; torch: every batch alike, as update_bn.",
-        ),
-        click.option(
-            "--train-mode", type=click.Choice(get_args(TrainMode)),
-            default=BnOptions.train_mode, show_default=True,
-            help="bn: only BatchNorm layers run in training mode; model: dropout and all do.",
-        ),
-        click.option(
-            "--amp", type=click.Choice(get_args(Amp)),
-            help="Run the model under autocast, for example bfloat16; statistics stay float64.",
-        ),
-        click.option(
-            "--channels-last", is_flag=True,
-            help="Run convolutions with channels last in memory, which is faster on GPUs.",
-        ),
-        click.option(
-            "--compile", is_flag=True,
-            help="Run the model through torch.compile, which pays for many equal batches.",
-        ),
-        click.option(
-            "--seed", type=click.IntRange(min=0), metavar="N",
-            help="Seed of the random numbers that shuffle or augment the data, for example 0.",
-        ),
-        click.option(
-            "--allow-unreached", is_flag=True,
-            help="Leave BatchNorm layers that the data never reaches as they are.",
-        ),
-        click.option(
-            "--data-per-process", is_flag=True,
-            help="Under torchrun: the data of each process is its own share already; default: "
-            "all go through the same data and take turns.",
-        ),
-    )  # fmt: skip
-
-
-def _compare_options(compare: str) -> tuple[Callable[[Command], Command], ...]:
-    return (
-        click.option(
-            compare,
-            "compare",
-            is_flag=True,
-            help="Show the metric for the last checkpoint, with and without a BN pass of its own, "
-            "and for the average with the BN statistics of the last, averaged and recomputed.",
-        ),
-        click.option(
-            "--last-checkpoint",
-            metavar="CKPT",
-            help=f"What {compare} takes for the last checkpoint, for example epoch-36.pt; default: "
-            "the last one that went into the average.",
-        ),
-    )
-
-
-_MODEL_ARGUMENTS = (
-    "model_name", "model_arguments", "data_name", "data_arguments", "forward_name", "eval_name",
-    "eval_command", "compare", "last_checkpoint", "max_batches", "max_samples", "until_converged",
-    "estimator", "train_mode", "amp", "channels_last", "compile", "seed", "allow_unreached",
-    "data_per_process",
-)  # fmt: skip
-
-
 _SELECTION_ARGUMENTS = (
     "last", "first", "every", "steps", "match", "at_lr_minima", "constant_lr", "swad",
     "swad_tolerance", "best", "log", "lr_recorded", "metric", "mode",
@@ -476,11 +264,6 @@ _SELECTION_ARGUMENTS = (
 def selection_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """Take what ``selection_options`` and ``metric_options`` gave out of a command's options."""
     return {name: options.pop(name) for name in _SELECTION_ARGUMENTS if name in options}
-
-
-def model_arguments(options: dict[str, Any]) -> dict[str, Any]:
-    """Take what ``model_options`` gave out of a command's options."""
-    return {name: options.pop(name) for name in _MODEL_ARGUMENTS if name in options}
 
 
 def averaging_arguments(options: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from typing import Any
 import click
 
 from ckptavg.cli import TYPED
-from ckptavg.cli.options import Coefficients, Command, KeyValue
+from ckptavg.cli.option_types import Coefficients, KeyValue
+from ckptavg.cli.options import Command
 from ckptavg.errors import OutputError, UsageError, without_token
 from ckptavg.recipe_file import (
     DEFAULT_COMMAND,

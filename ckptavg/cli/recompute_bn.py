@@ -4,10 +4,9 @@ from typing import Any
 
 import click
 
+from ckptavg.cli.model_options import model_arguments, model_options
 from ckptavg.cli.options import (
     machine_options,
-    model_arguments,
-    model_options,
     output_options,
     pipeline_arguments,
     push_options,

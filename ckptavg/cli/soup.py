@@ -5,11 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli.progress import ProgressBars
-from ckptavg.cli.push import chosen_push, push_and_echo, typed_command
-from ckptavg.cli.recipes import save_recipe
-from ckptavg.cli.render import stdout_for_the_result, table
-from ckptavg.cli.searching import search_options, show_plan, taken
+from ckptavg.cli.render import table
+from ckptavg.cli.searching import Told, run_search, search_options
 
 if TYPE_CHECKING:
     from ckptavg.results import SoupResult
@@ -24,19 +21,7 @@ Examples:
 @click.command("soup", epilog=_EPILOG)
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCES...")
 @search_options(plot="soup.png")
-def command(
-    sources: tuple[str, ...],
-    output: str,
-    metric: str | None,
-    mode: str | None,
-    plot: bool,
-    dry_run: bool,
-    as_json: bool,
-    quiet: bool,
-    debug: bool,
-    save_recipe_as: str | None,
-    **options: Any,
-) -> None:
+def command(sources: tuple[str, ...], **options: Any) -> None:
     """Make a greedy soup: average those checkpoints that help each other.
 
     Every checkpoint is judged by --eval or --eval-command. From the best on, each is added to the
@@ -44,45 +29,24 @@ def command(
     pass of its own (with --model and --data). OUT is the model, with soup.json and soup.csv in it.
     A soup that was interrupted goes on from what it has when it is called again.
     """
-    from ckptavg.processes import started_by_torchrun
-    from ckptavg.schemes import Scheme
     from ckptavg.search.soup import check_soup, greedy_soup, refuse_soup
 
-    push = chosen_push(options, several=False, first=True)
-    evaluation, arguments = taken(options)
-    evaluation = check_soup(evaluation, distributed=started_by_torchrun(), plot=plot)
-    judging: dict[str, Any] = {"metric": metric, "mode": mode}
-    save_recipe(save_recipe_as)
-    if dry_run:
-        talk = {"as_json": as_json, "quiet": quiet}
-        show_plan(sources, output, [Scheme()], evaluation, arguments, judging, talk, refuse_soup)
-        return
-    with stdout_for_the_result(), ProgressBars(quiet=quiet or as_json) as progress:
-        found = greedy_soup(
-            sources,
-            output,
-            evaluation=evaluation,
-            **judging,
-            plot=plot,
-            **arguments,
-            progress=progress,
-            command=typed_command(),
-        )
-    push_and_echo(
-        found.result, _done(found), push, as_json=as_json, quiet=quiet,
-        more=soup_lines(found), json_fields=_json_fields(found),
-    )  # fmt: skip
-
-
-def _done(found: "SoupResult") -> str:
-    n_accepted = sum(step.accepted for step in found.steps)
-    return (
-        f"greedy soup of {n_accepted} out of {len(found.steps)} checkpoints by {found.metric} "
-        f"({found.mode})"
+    run_search(
+        sources, options, search=greedy_soup, check=check_soup, tell=_told, refuse=refuse_soup
     )
 
 
-def soup_lines(found: "SoupResult") -> list[str]:
+def _told(found: "SoupResult") -> Told:
+    n_accepted = sum(step.accepted for step in found.steps)
+    return Told(
+        f"greedy soup of {n_accepted} out of {len(found.steps)} checkpoints by {found.metric} "
+        f"({found.mode})",
+        _lines(found),
+        {"steps": [asdict(step) for step in found.steps]},
+    )
+
+
+def _lines(found: "SoupResult") -> list[str]:
     """Return the table of a soup: what was tried, in order."""
     rows = [
         [
@@ -94,12 +58,3 @@ def soup_lines(found: "SoupResult") -> list[str]:
         for step in found.steps
     ]
     return table(["  candidate, best first", f"{found.metric} alone", "of the mean", ""], rows)
-
-
-def _json_fields(found: "SoupResult") -> dict[str, Any]:
-    return {
-        "metric": found.metric,
-        "mode": found.mode,
-        "steps": [asdict(step) for step in found.steps],
-        "files": found.files,
-    }

@@ -1,16 +1,14 @@
 """``ckptavg sweep``: many averages from one read, each judged; the best is kept."""
 
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ckptavg.cli.options import scheme_options
-from ckptavg.cli.progress import ProgressBars
-from ckptavg.cli.push import chosen_push, push_and_echo, typed_command
-from ckptavg.cli.recipes import save_recipe
-from ckptavg.cli.render import metrics_table, stdout_for_the_result
-from ckptavg.cli.searching import search_options, show_plan, taken
+from ckptavg.cli.render import metrics_table
+from ckptavg.cli.searching import Told, run_search, search_options
 
 if TYPE_CHECKING:
     from ckptavg.results import SweepResult
@@ -42,20 +40,7 @@ Examples:
     plot="sweep.png",
 )
 def command(
-    sources: tuple[str, ...],
-    output: str,
-    schemes: tuple[str, ...],
-    metric: str | None,
-    mode: str | None,
-    keep: str,
-    no_singles: bool,
-    plot: bool,
-    dry_run: bool,
-    as_json: bool,
-    quiet: bool,
-    debug: bool,
-    save_recipe_as: str | None,
-    **options: Any,
+    sources: tuple[str, ...], schemes: tuple[str, ...], keep: str, no_singles: bool, **options: Any
 ) -> None:
     """Try many averages of saved checkpoints, judge each, and keep the best.
 
@@ -65,68 +50,37 @@ def command(
     sweep.json and sweep.csv in it. Judge on validation data: what wins looks better than it is.
     """
     from ckptavg.prepare import chosen_schemes
-    from ckptavg.processes import is_first_process, started_by_torchrun
+    from ckptavg.processes import started_by_torchrun
     from ckptavg.search.sweep import check_sweep, sweep
 
-    distributed = started_by_torchrun()
-    is_first = is_first_process()
-    quiet = quiet or not is_first
-    push = chosen_push(options, several=keep == "all", first=is_first)
-    evaluation, arguments = taken(options)
-    evaluation = check_sweep(evaluation, schemes, keep, plot=plot)
-    judging: dict[str, Any] = {"metric": metric, "mode": mode}
-    if is_first:
-        save_recipe(save_recipe_as)
-    if dry_run:
-        talk = {"as_json": as_json, "quiet": quiet}
-        chosen = chosen_schemes(schemes, None)
-        show_plan(sources, output, chosen, evaluation, arguments, judging, talk)
-        return
-    with stdout_for_the_result(), ProgressBars(quiet=quiet or as_json) as progress:
-        found = sweep(
-            sources,
-            output,
+    run_search(
+        sources,
+        options,
+        search=partial(
+            sweep,
             schemes=schemes,
-            evaluation=evaluation,
-            **judging,
             keep=keep,  # type: ignore[arg-type]  # click knows the choices
             singles=not no_singles,
-            plot=plot,
-            **arguments,
-            distributed=distributed,
-            progress=progress,
-            command=typed_command(),
-        )
-    if is_first:
-        push_and_echo(
-            found.result, _done(found), push, as_json=as_json, quiet=quiet,
-            more=sweep_lines(found), json_fields=_json_fields(found),
-        )  # fmt: skip
-
-
-def _done(found: "SweepResult") -> str:
-    averages = [row for row in found.rows if row.kind == "average"]
-    plural = "" if len(averages) == 1 else "s"
-    return (
-        f"{found.best}, the best of {len(averages)} average{plural} of "
-        f"{found.result.n_checkpoints} checkpoints by {found.metric} ({found.mode})"
+            distributed=started_by_torchrun(),
+        ),
+        check=partial(check_sweep, schemes=schemes, keep=keep),
+        tell=_told,
+        schemes=lambda: chosen_schemes(schemes, None),
+        several=keep == "all",
     )
 
 
-def sweep_lines(found: "SweepResult") -> list[str]:
-    """Return the table of a sweep: averages best first, then what they are compared with."""
+def _told(found: "SweepResult") -> Told:
+    """Say what was best, with the table: averages best first, then what they are compared with."""
     from ckptavg.metrics import Judge
     from ckptavg.search.evidence import told_rows
 
+    averages = [row for row in found.rows if row.kind == "average"]
+    plural = "" if len(averages) == 1 else "s"
     rows = told_rows(found.rows, Judge(found.metric, found.mode))
-    return metrics_table("  average", [(row.name, row.metrics) for row in rows])
-
-
-def _json_fields(found: "SweepResult") -> dict[str, Any]:
-    return {
-        "metric": found.metric,
-        "mode": found.mode,
-        "best": found.best,
-        "rows": [asdict(row) for row in found.rows],
-        "files": found.files,
-    }
+    return Told(
+        f"{found.best}, the best of {len(averages)} average{plural} of "
+        f"{found.result.n_checkpoints} checkpoints by {found.metric} ({found.mode})",
+        metrics_table("  average", [(row.name, row.metrics) for row in rows]),
+        {"best": found.best, "rows": [asdict(row) for row in found.rows]},
+    )

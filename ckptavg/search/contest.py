@@ -14,7 +14,7 @@ from ckptavg.prepare import Prepared
 from ckptavg.processes import Processes
 from ckptavg.results import BnPass, Progress, SweepRow
 from ckptavg.search.evaluation_log import EvaluationLog
-from ckptavg.steps import add_indexes, complete, recompute_statistics, stage_of
+from ckptavg.steps import add_indexes, complete, put_statistics, recompute_statistics, stage_of
 
 Metrics = Mapping[str, float]
 ByCommand = Callable[[Checkpoint, BnPass], Metrics]
@@ -47,7 +47,7 @@ class Contest:
     progress: Progress | None
     by_command: ByCommand
     judged: Callable[[int, Metrics], None] = lambda number, metrics: None
-    log: EvaluationLog = field(default_factory=lambda: EvaluationLog(None, ""))
+    log: EvaluationLog = field(default_factory=EvaluationLog)
     names: list[str] = field(init=False)
     averages: dict[str, Metrics] = field(default_factory=dict)
     controls: list[SweepRow] = field(default_factory=list)
@@ -135,14 +135,8 @@ class Contest:
                 if self._has_pass and self._outcomes[number] is None:  # judged by an earlier run
                     self._outcomes[number] = self._outcome(number, directory)
 
-            def patch() -> None:
-                directory.end_journal()
-                for number in kept:
-                    outcome = self._outcomes[number]
-                    for name, data in outcome.statistics if outcome is not None else ():
-                        directory.models[number].patch(name, data)
-
-            self.processes.first(patch)
+            wanted = [one if at in kept else None for at, one in enumerate(self._outcomes)]
+            self.processes.first(lambda: put_statistics(directory, wanted))
             self._complete(directory, kept)
         return [
             replace(outcome or BnOutcome(statistics=[], metrics=None), metrics=self.averages[name])
@@ -187,19 +181,16 @@ class Contest:
 
     def rows(self) -> tuple[SweepRow, ...]:
         """Return the averages, best first, then the checkpoints."""
-        found, left = [], dict(self.averages)
         by_name = dict(zip(self.names, self.prepared.plan.outputs, strict=True))
-        while left:
-            name = self.judge.best(left)
-            one = by_name[name]
-            found.append(
-                SweepRow(
-                    name=name,
-                    kind="average",
-                    scheme=str(one.scheme),
-                    n_checkpoints=len(one.row.used),
-                    bn_pass=self._has_pass,
-                    metrics=left.pop(name),
-                )
+        averages = [
+            SweepRow(
+                name=name,
+                kind="average",
+                scheme=str(by_name[name].scheme),
+                n_checkpoints=len(by_name[name].row.used),
+                bn_pass=self._has_pass,
+                metrics=self.averages[name],
             )
-        return (*found, *self.controls)
+            for name in self.judge.ranked(self.averages)
+        ]
+        return (*averages, *self.controls)

@@ -1,43 +1,48 @@
 """What was evaluated already, kept beside an output that is being made, so that nothing is twice.
 
-One JSON object a line: what was judged, by whom, and its metrics. A last line that was cut off is
-passed over.
+What was judged, by whom, and its metrics.
 """
 
 import hashlib
-import json
-import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ckptavg.checkpoint.files import open_descriptor
 from ckptavg.eval_command import EvalCommand
 from ckptavg.recorded_recipe import importable_name
 from ckptavg.results import BnPass
+from ckptavg.search.line_log import LineLog
 
 
 class EvaluationLog:
     """Metrics by name, in memory and in a file that outlives an interruption."""
 
-    def __init__(self, path: Path | None, judge: str | None) -> None:
+    def __init__(
+        self,
+        path: Path | None = None,
+        judge: str | None = None,
+        failed: Callable[[OSError], Exception] = lambda error: error,
+    ) -> None:
         """Read what is there.
 
         Args:
             path: The file; None, or a judge without a name, keeps nothing.
             judge: What the metrics come from (model, data, evaluation, options): those of another
                 judge are not taken.
+            failed: Makes the error to raise when the storage refuses.
         """
-        self._path = path = path if judge is not None else None
         self._judge = judge
+        self._failed = failed
         self._known: dict[str, dict[str, float]] = {}
-        with suppress(OSError):
-            for line in path.read_bytes().split(b"\n")[:-1] if path is not None else ():
-                with suppress(ValueError, LookupError, TypeError, AttributeError):
-                    entry = json.loads(line)
-                    if entry["judge"] == judge:
-                        metrics = {str(name): float(one) for name, one in entry["metrics"].items()}
-                        self._known[str(entry["what"])] = metrics
+        self._log: LineLog | None = None
+        if path is None or judge is None:
+            return
+        try:
+            self._log = LineLog(path)
+        except OSError as error:
+            raise failed(error) from error
+        for entry in self._log.entries:
+            if entry.get("judge") == judge:
+                self._known[entry["what"]] = entry["metrics"]
 
     def get(self, what: str) -> dict[str, float] | None:
         """Return the metrics of something; None if it was not evaluated yet."""
@@ -47,19 +52,15 @@ class EvaluationLog:
         """Keep the metrics of something.
 
         Raises:
-            OSError: If they cannot be written.
+            OutputError: If the storage refuses.
         """
         self._known[what] = dict(metrics)
-        if self._path is None:
+        if self._log is None:
             return
-        entry = {"what": what, "judge": self._judge, "metrics": self._known[what]}
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        descriptor = open_descriptor(self._path, flags, 0o666)
         try:
-            os.write(descriptor, f"{json.dumps(entry)}\n".encode())  # one call: never mixed up
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            self._log.add({"what": what, "judge": self._judge, "metrics": self._known[what]})
+        except OSError as error:
+            raise self._failed(error) from error
 
 
 def judge_text(evaluation: BnPass) -> str | None:

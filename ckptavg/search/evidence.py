@@ -1,8 +1,8 @@
-"""What a sweep found, as files beside the model: ``sweep.json``, ``sweep.csv``, ``sweep.png``."""
+"""What a search found: as files beside the model, and in words."""
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,21 +22,12 @@ def sweep_files(
 
     ``plot`` adds a picture, which needs the extra ``plots``.
     """
-    names = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    names = _metric_names(row.metrics for row in rows)
     coefficients = {one.name or str(one.scheme): one.row.told_coefficients for one in plan.outputs}
-    content: dict[str, Any] = {
-        "format_version": _FORMAT_VERSION,
-        "metric": judge.metric,
-        "mode": judge.mode,
-        "best": rows[0].name,
-        "checkpoints": _checkpoints(plan),
-        "rows": [
-            asdict(row)
-            | ({"coefficients": coefficients[row.name]} if row.kind == "average" else {})
-            for row in rows
-        ],
-        "command": command and without_token(command),
-    }
+    told = [
+        asdict(row) | ({"coefficients": coefficients[row.name]} if row.kind == "average" else {})
+        for row in rows
+    ]
     header = ["name", "kind", "scheme", "n_checkpoints", "bn_pass", *names]
     table = [
         [
@@ -49,16 +40,15 @@ def sweep_files(
         ]
         for row in rows
     ]
-    files = {
-        "sweep.json": f"{json_text(content)}\n".encode(),
-        "sweep.csv": _csv(header, table),
-    }
-    if plot:
+
+    def picture() -> bytes:
         from ckptavg.plots import sweep_plot
 
         averages = rows_of(rows, "average")
-        files["sweep.png"] = sweep_plot(averages, told_rows(rows, judge)[len(averages) :], judge)
-    return files
+        return sweep_plot(averages, told_rows(rows, judge)[len(averages) :], judge)
+
+    content = _content(judge, plan, {"best": rows[0].name}, {"rows": told}, command)
+    return _files("sweep", content, [header, *table], picture if plot else None)
 
 
 def soup_files(
@@ -70,15 +60,7 @@ def soup_files(
     plot: bool,
 ) -> dict[str, bytes]:
     """Return name and content of the files that hold how a soup was made."""
-    names = list(dict.fromkeys(name for step in steps for name in step.metrics))
-    content: dict[str, Any] = {
-        "format_version": _FORMAT_VERSION,
-        "metric": judge.metric,
-        "mode": judge.mode,
-        "checkpoints": _checkpoints(plan),
-        "steps": [asdict(step) for step in steps],
-        "command": command and without_token(command),
-    }
+    names = _metric_names(step.metrics for step in steps)
     header = ["candidate", "accepted", *names, *(f"mean {name}" for name in names)]
     rows = [
         [
@@ -89,15 +71,15 @@ def soup_files(
         ]
         for step in steps
     ]
-    files = {
-        "soup.json": f"{json_text(content)}\n".encode(),
-        "soup.csv": _csv(header, rows),
-    }
-    if plot:
+
+    def picture() -> bytes:
         from ckptavg.plots import soup_plot
 
-        files["soup.png"] = soup_plot(steps, judge)
-    return files
+        return soup_plot(steps, judge)
+
+    told = {"steps": [asdict(step) for step in steps]}
+    content = _content(judge, plan, {}, told, command)
+    return _files("soup", content, [header, *rows], picture if plot else None)
 
 
 def tune_files(
@@ -109,44 +91,65 @@ def tune_files(
     plot: bool,
 ) -> dict[str, bytes]:
     """Return name and content of the files that hold a search over coefficients."""
-    names = list(dict.fromkeys(name for trial in trials for name in trial.metrics))
-    content: dict[str, Any] = {
-        "format_version": _FORMAT_VERSION,
-        "metric": judge.metric,
-        "mode": judge.mode,
-        "checkpoints": _checkpoints(plan),
-        "trials": [asdict(trial) for trial in trials],
-        "command": command and without_token(command),
-    }
+    names = _metric_names(trial.metrics for trial in trials)
     header = ["trial", *names, *(f"coefficient {label}" for label in plan.labels)]
     rows = [
         [number, *(trial.metrics.get(name, "") for name in names), *trial.coefficients]
         for number, trial in enumerate(trials, 1)
     ]
-    files = {
-        "tune.json": f"{json_text(content)}\n".encode(),
-        "tune.csv": _csv(header, rows),
-    }
-    if plot:
+
+    def picture() -> bytes:
         from ckptavg.plots import tune_plot
 
-        files["tune.png"] = tune_plot(trials, judge)
-    return files
+        return tune_plot(trials, judge)
+
+    told = {"trials": [asdict(trial) for trial in trials]}
+    content = _content(judge, plan, {}, told, command)
+    return _files("tune", content, [header, *rows], picture if plot else None)
 
 
-def _checkpoints(plan: AveragePlan) -> list[dict[str, Any]]:
-    return [
+def _metric_names(all_of: Iterable[Mapping[str, float]]) -> list[str]:
+    return list(dict.fromkeys(name for metrics in all_of for name in metrics))
+
+
+def _content(
+    judge: Judge,
+    plan: AveragePlan,
+    result: Mapping[str, Any],
+    details: Mapping[str, Any],
+    command: str | None,
+) -> dict[str, Any]:
+    """Return what JSON tells: the result, on what, and what was tried."""
+    metric, mode = judge.settled
+    checkpoints = [
         {"source": label, "step": step, "epoch": epoch}
         for label, step, epoch in zip(plan.labels, plan.steps, plan.epochs, strict=True)
     ]
+    return {
+        "format_version": _FORMAT_VERSION,
+        "metric": metric,
+        "mode": mode,
+        **result,
+        "checkpoints": checkpoints,
+        **details,
+        "command": command and without_token(command),
+    }
 
 
-def _csv(header: Sequence[object], rows: Sequence[Sequence[object]]) -> bytes:
+def _files(
+    name: str,
+    content: Mapping[str, Any],
+    table: Iterable[Sequence[object]],
+    picture: Callable[[], bytes] | None,
+) -> dict[str, bytes]:
+    """Return ``name`` with each ending, and the content of that file."""
     text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(header)
-    table.writerows(rows)
-    return text.getvalue().encode("utf-8", "backslashreplace")
+    csv.writer(text, lineterminator="\n").writerows(table)
+    files = {
+        f"{name}.json": f"{json_text(content)}\n".encode(),
+        f"{name}.csv": text.getvalue().encode("utf-8", "backslashreplace"),
+    }
+    return files if picture is None else files | {f"{name}.png": picture()}
 
 
 def told_rows(rows: Sequence[SweepRow], judge: Judge) -> list[ComparisonRow]:
@@ -172,7 +175,7 @@ def best_of(rows: Sequence[SweepRow], judge: Judge) -> SweepRow | None:
     """Return the best row, of equals the first; None if there are none."""
     if not rows:
         return None
-    return rows[int(judge.best({str(at): row.metrics for at, row in enumerate(rows)}))]
+    return rows[judge.best({at: row.metrics for at, row in enumerate(rows)})]
 
 
 def verdict(rows: Sequence[SweepRow], judge: Judge) -> list[str]:

@@ -7,15 +7,13 @@ directory; accepting it makes the second file the first.
 
 import errno
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptavg.average.chunks import nonfinite_error, overflow_error
+from ckptavg.average.chunks import first_name, nonfinite_error, overflow_error
 from ckptavg.average.floats import decode_to_float64, encode_from_float64
 from ckptavg.average.work import SharedIterator, Sink, run_threads
 from ckptavg.blocks import Action, Chunk
@@ -137,26 +135,22 @@ class Pot:
     def _for_each_chunk(
         self, work: Callable[[Chunk, slice], None], progress: Callable[[int], None]
     ) -> None:
-        plan = self._prepared.plan
-        chunks = SharedIterator(iter(plan.chunks(self._chunk_nbytes, list(self._starts))))
-        positions, lock = dict(self._starts), Lock()
-
-        def placed() -> tuple[Chunk, slice] | None:
-            with lock:
-                chunk = next(chunks, None)
-                if chunk is None:
-                    return None
+        def placed() -> Iterator[tuple[Chunk, slice]]:
+            positions = dict(self._starts)
+            for chunk in self._prepared.plan.chunks(self._chunk_nbytes, list(self._starts)):
                 start = positions[chunk.block]
                 positions[chunk.block] = start + chunk.numel
                 progress(chunk.nbytes)
-                return chunk, slice(start, start + chunk.numel)
+                yield chunk, slice(start, start + chunk.numel)
+
+        items = SharedIterator(placed())
 
         @np.errstate(all="ignore")  # what is not finite is looked for
         def run() -> None:
-            while (item := placed()) is not None:
-                work(*item)
+            for chunk, place in items:
+                work(chunk, place)
 
-        run_threads([run] * self._prepared.workspace.n_threads, stop=chunks.stop)
+        run_threads([run] * self._prepared.workspace.n_threads, stop=items.stop)
 
     def _load(self, place: slice) -> Values:
         """Return a part of the sum."""
@@ -192,7 +186,7 @@ class Pot:
         shared = np.isinf(values) if before is None else np.isinf(values) & (values == before)
         bad = odd & ~shared
         if bad.any():
-            name = _name_at(chunk, int(np.flatnonzero(bad)[0]))
+            name = first_name(chunk, np.flatnonzero(bad))
             raise nonfinite_error(plan, self._prepared.checkpoints, index, name)
 
     def _write(self, chunk: Chunk, total: Values, count: int, sink: Sink) -> None:
@@ -202,24 +196,8 @@ class Pot:
             narrowed = decode_to_float64(bits.view(np.uint8), chunk.output_dtype)
             lost = np.isfinite(mean) & ~np.isfinite(narrowed)
             if lost.any():
-                name = _name_at(chunk, int(np.flatnonzero(lost)[0]))
+                name = first_name(chunk, np.flatnonzero(lost))
                 raise overflow_error(name, chunk.output_dtype)
         data = bits.view(np.uint8).data
         for shard, offset in chunk.destinations:
             sink.write(shard, offset, data)
-
-
-def _name_at(chunk: Chunk, element: int) -> str:
-    """Return the tensor that an element of a chunk belongs to."""
-    for name, start, stop in chunk.pieces:
-        numel = (stop - start) // chunk.dtype.itemsize
-        if element < numel:
-            return name
-        element -= numel
-    raise AssertionError("an element of a chunk is in one of its pieces")
-
-
-def emptied(directory: Path) -> Path:
-    """Return a directory that is not there, removing what is."""
-    shutil.rmtree(directory, ignore_errors=True)
-    return directory

@@ -17,7 +17,7 @@ from ckptavg.checkpoint import Checkpoint
 from ckptavg.destination import existing_parent
 from ckptavg.errors import ModelError, UsageError
 from ckptavg.journal import EVALUATIONS_NAME
-from ckptavg.metrics import Judge, Mode, best_mode
+from ckptavg.metrics import Judge, Mode
 from ckptavg.output import OutputDirectory
 from ckptavg.pipeline import average_checkpoints
 from ckptavg.plan import AveragePlan
@@ -26,6 +26,7 @@ from ckptavg.processes import joined_processes
 from ckptavg.provenance import weight_file_metadata
 from ckptavg.results import BnPass, SweepResult, SweepRow
 from ckptavg.schemes import Scheme
+from ckptavg.search.checks import check_search
 from ckptavg.search.contest import Contest
 from ckptavg.search.evaluation_log import EvaluationLog, judge_text
 from ckptavg.search.evidence import sweep_files, told_rows, verdict
@@ -36,8 +37,8 @@ from ckptavg.steps import (
     average_together,
     enter_together,
     finish,
+    outcome_notes,
     prepare_together,
-    report_notes,
     result_of,
 )
 
@@ -87,7 +88,7 @@ def sweep(
         ModelError: If the evaluation fails.
         CkptavgError: As ``average_checkpoints`` does.
     """
-    evaluation = check_sweep(evaluation, schemes, keep, plot=plot)
+    evaluation = check_sweep(evaluation, schemes=schemes, keep=keep, plot=plot)
     request = Request.of(chosen_schemes(schemes, None), options, metric=metric, mode=mode)
     judge = Judge(metric, mode)
     controls: Controls = "all" if singles else "last"
@@ -158,7 +159,7 @@ def contested(
         before = enter_together(processes, stack, directory)
         if processes.size == 1:
             contest.log = EvaluationLog(
-                directory.partial / EVALUATIONS_NAME, judge_text(evaluation)
+                directory.partial / EVALUATIONS_NAME, judge_text(evaluation), directory.failed
             )
         averaging = time.perf_counter()
         averaged = average_together(processes, prepared, directory, before, request.progress)
@@ -175,7 +176,7 @@ def contested(
         outcomes[best] = replace(outcomes[best], comparison=tuple(told_rows(rows, judge)))
         notes = [
             *plan.notes, *prepared.notes, *directory.notes, *averaged.notes, *verdict(rows, judge),
-            *(note for at in kept for note in report_notes(outcomes[at].report)),
+            *outcome_notes([outcomes[at] for at in kept]),
         ]  # fmt: skip
         notes = list(dict.fromkeys(notes))
         files = evidence(plan, rows)
@@ -206,9 +207,10 @@ def contested(
     )  # fmt: skip
     if keep == "best":
         result = replace(result, outputs=(replace(result.outputs[best], path=output),))
+    metric, mode = judge.settled
     return SweepResult(
-        metric=judge.metric or "",
-        mode=best_mode(judge.metric or "", judge.mode),
+        metric=metric,
+        mode=mode,
         best=contest.names[best],
         rows=rows,
         result=result,
@@ -216,24 +218,17 @@ def contested(
     )
 
 
-def check_sweep(evaluation: BnPass | None, schemes: object, keep: str, *, plot: bool) -> BnPass:
+def check_sweep(evaluation: BnPass | None, *, schemes: object, keep: str, plot: bool) -> BnPass:
     """Refuse what cannot become a sweep; return the evaluation.
 
     Raises:
         UsageError: If nothing judges, or what is wanted cannot be had.
     """
-    if evaluation is None or evaluation.evaluate is None:
-        raise UsageError("a sweep needs a metric: evaluate (--eval or --eval-command)")
+    evaluation = check_search("a sweep", evaluation, plot=plot)
     if not schemes:
         raise UsageError("a sweep needs something to try: schemes (--scheme)")
-    if evaluation.compare:
-        raise UsageError("a sweep makes a comparison of its own: leave compare out")
     if keep not in get_args(Keep):
         raise UsageError(f"keep is '{keep}', expected one of {', '.join(get_args(Keep))}")
-    if plot:
-        from ckptavg.plots import require_matplotlib
-
-        require_matplotlib()
     return evaluation
 
 

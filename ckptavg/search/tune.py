@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
@@ -14,12 +13,12 @@ from numpy.typing import NDArray
 
 from ckptavg.average_options import AverageOptions, Request
 from ckptavg.errors import UsageError
-from ckptavg.metrics import Judge, Mode, best_mode
+from ckptavg.metrics import Judge, Mode
 from ckptavg.plan import AveragePlan
 from ckptavg.prepare import prepared_average
-from ckptavg.processes import started_by_torchrun
 from ckptavg.results import BnPass, SweepRow, Trial, TuneResult
 from ckptavg.schemes import Scheme
+from ckptavg.search.checks import check_alone, check_search
 from ckptavg.search.evaluation_log import judge_text
 from ckptavg.search.evidence import tune_files
 from ckptavg.search.scratch import Scratch
@@ -78,7 +77,7 @@ def tune(
     """
     output = Path(output)
     evaluation = check_tune(
-        evaluation, trials, distributed=options.get("distributed", False), plot=plot
+        evaluation, trials=trials, plot=plot, distributed=options.get("distributed", False)
     )
     judge = Judge(metric, mode)
 
@@ -114,7 +113,7 @@ def tune(
                 asked = search.send([_cost(judge, known[one]) for one in asked])
             except StopIteration:
                 asked = None
-        best = _best(found, judge)
+        best = found[judge.best({at: trial.metrics for at, trial in enumerate(found)})]
         schemes = [Scheme(name="coefficients", coefficients=best.coefficients, label="tuned")]
 
         def files(plan: AveragePlan, rows: Sequence[SweepRow]) -> dict[str, bytes]:
@@ -124,9 +123,10 @@ def tune(
             sources, output, request(schemes), evaluation, judge, files,
             keep="best", controls="last",
         )  # fmt: skip
+    metric, mode = judge.settled
     return TuneResult(
-        metric=judge.metric or "",
-        mode=best_mode(judge.metric or "", judge.mode),
+        metric=metric,
+        mode=mode,
         trials=tuple(found),
         best=best,
         result=published.result,
@@ -134,26 +134,20 @@ def tune(
     )
 
 
-def check_tune(evaluation: BnPass | None, trials: int, *, distributed: bool, plot: bool) -> BnPass:
+def check_tune(
+    evaluation: BnPass | None, *, trials: int, plot: bool, distributed: bool = False
+) -> BnPass:
     """Refuse what cannot become a search; return the evaluation.
 
     Raises:
         UsageError: If nothing judges, or what is wanted cannot be had.
     """
-    if evaluation is None or evaluation.evaluate is None:
-        raise UsageError("a search needs a metric: evaluate (--eval or --eval-command)")
-    if evaluation.compare:
-        raise UsageError("a search makes a comparison of its own: leave compare out")
-    if distributed or started_by_torchrun():
-        raise UsageError("a search is made by one process: leave torchrun out")
+    evaluation = check_search("a search", evaluation, plot=plot)
+    check_alone("a search", distributed=distributed)
     if trials < 2:
         raise UsageError(f"trials is {trials}, expected at least 2")
     if importlib.util.find_spec("cma") is None:
         raise UsageError("the search needs the package cma: pip install 'ckptavg[tune]'")
-    if plot:
-        from ckptavg.plots import require_matplotlib
-
-        require_matplotlib()
     return evaluation
 
 
@@ -183,13 +177,8 @@ def _softmax(logits: Logits) -> tuple[float, ...]:
 
 def _cost(judge: Judge, metrics: Mapping[str, float]) -> float:
     """Return what the optimiser makes small."""
-    value = judge.value(metrics)
-    cost = value if best_mode(judge.metric or "", judge.mode) == "min" else -value
-    return _WORST if math.isnan(cost) else min(max(cost, -_WORST), _WORST)
-
-
-def _best(found: Sequence[Trial], judge: Judge) -> Trial:
-    return found[int(judge.best({str(at): trial.metrics for at, trial in enumerate(found)}))]
+    is_nan, cost = judge.badness(metrics)
+    return _WORST if is_nan else min(max(cost, -_WORST), _WORST)
 
 
 def _judged(
