@@ -34,8 +34,8 @@ from ckptavg import (
     sweep,
 )
 from ckptavg.cli import run
+from ckptavg.line_log import LineLog
 from ckptavg.metrics import Judge, best_mode
-from ckptavg.search.line_log import LineLog
 
 WEIGHTS = (1.0, 4.0, 2.0, 5.0)  # means of the last n: 5, 3.5, 3.67, 3
 SCHEMES = ["uniform:last=2", "uniform:last=3", "uniform"]

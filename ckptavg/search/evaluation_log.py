@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ckptavg.eval_command import EvalCommand
+from ckptavg.line_log import LineLog
 from ckptavg.recorded_recipe import importable_name
 from ckptavg.results import BnPass
-from ckptavg.search.line_log import LineLog
 
 
 class EvaluationLog:

@@ -1,18 +1,14 @@
 """What a search found: as files beside the model, and in words."""
 
-import csv
-import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from ckptavg.errors import without_token
+from ckptavg.evidence_files import FORMAT_VERSION, data_files
 from ckptavg.metrics import Judge
 from ckptavg.plan import AveragePlan
-from ckptavg.provenance import json_text
 from ckptavg.results import ComparisonRow, SoupStep, SweepRow, Trial
-
-_FORMAT_VERSION = 1
 
 
 def sweep_files(
@@ -126,7 +122,7 @@ def _content(
         for label, step, epoch in zip(plan.labels, plan.steps, plan.epochs, strict=True)
     ]
     return {
-        "format_version": _FORMAT_VERSION,
+        "format_version": FORMAT_VERSION,
         "metric": metric,
         "mode": mode,
         **result,
@@ -143,12 +139,7 @@ def _files(
     picture: Callable[[], bytes] | None,
 ) -> dict[str, bytes]:
     """Return ``name`` with each ending, and the content of that file."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(table)
-    files = {
-        f"{name}.json": f"{json_text(content)}\n".encode(),
-        f"{name}.csv": text.getvalue().encode("utf-8", "backslashreplace"),
-    }
+    files = data_files(name, content, table)
     return files if picture is None else files | {f"{name}.png": picture()}
 
 

@@ -19,8 +19,8 @@ from ckptavg.plan import AveragePlan
 from ckptavg.prepare import Prepared
 from ckptavg.results import BnPass, ComparisonRow, Progress, SoupStep
 from ckptavg.schemes import Positions, Scheme, coefficient_rows
+from ckptavg.scratch import Scratch
 from ckptavg.search.pot import Pot
-from ckptavg.search.scratch import Scratch
 from ckptavg.side_files import copy_side_files
 from ckptavg.steps import stage_of
 from ckptavg.writer import ModelWriter

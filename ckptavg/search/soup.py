@@ -22,12 +22,12 @@ from ckptavg.processes import Processes
 from ckptavg.provenance import weight_file_metadata
 from ckptavg.results import BnPass, SoupResult
 from ckptavg.schemes import Scheme
+from ckptavg.scratch import Scratch
 from ckptavg.search.checks import check_alone, check_search
 from ckptavg.search.evaluation_log import judge_text
 from ckptavg.search.evidence import soup_files
 from ckptavg.search.kitchen import Kitchen, copy_taken, plan_of
 from ckptavg.search.pot import Pot
-from ckptavg.search.scratch import Scratch
 from ckptavg.side_files import find_side_files, inherited_front_matter
 from ckptavg.sources import Source
 from ckptavg.steps import (

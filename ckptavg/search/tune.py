@@ -18,10 +18,10 @@ from ckptavg.plan import AveragePlan
 from ckptavg.prepare import prepared_average
 from ckptavg.results import BnPass, SweepRow, Trial, TuneResult
 from ckptavg.schemes import Scheme
+from ckptavg.scratch import Scratch
 from ckptavg.search.checks import check_alone, check_search
 from ckptavg.search.evaluation_log import judge_text
 from ckptavg.search.evidence import tune_files
-from ckptavg.search.scratch import Scratch
 from ckptavg.search.sweep import contested
 from ckptavg.sources import Source
 from ckptavg.steps import stage_of

@@ -1,37 +1,18 @@
-"""Pictures of what was measured; the only module that knows matplotlib (extra ``plots``)."""
+"""Pictures of searches: what was tried, and what came of it."""
 
-import importlib.util
-import io
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from ckptavg.errors import UsageError
 from ckptavg.metrics import Judge
+from ckptavg.plots.style import BLACK, BLUE, ORANGE, open_up, png, short, styled, with_direction
 from ckptavg.results import ComparisonRow, SoupStep, SweepRow, Trial
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-# Okabe and Ito's colours, which colour-blind people tell apart
-_BLUE, _ORANGE, _BLACK = "#0072B2", "#D55E00", "#000000"
-_CONTROL_STYLES = ((_BLACK, ":"), (_BLACK, "--"), (_ORANGE, ":"), (_ORANGE, "--"))
+_CONTROL_STYLES = ((BLACK, ":"), (BLACK, "--"), (ORANGE, ":"), (ORANGE, "--"))
 _LAST_SO_MANY = re.compile(r"uniform(:last=\d+)?")
 _CURVE_POINTS = 3
-_NAME_LENGTH = 48
-_DPI = 150
 
 
-def require_matplotlib() -> None:
-    """Refuse a plot where matplotlib is missing.
-
-    Raises:
-        UsageError: If it is.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("a plot needs matplotlib: pip install 'ckptavg[plots]'")
-
-
+@styled()
 def sweep_plot(
     averages: Sequence[SweepRow], controls: Sequence[ComparisonRow], judge: Judge
 ) -> bytes:
@@ -63,14 +44,14 @@ def sweep_plot(
     worst_first = averages[::-1]
     values = [judge.value(row.metrics) for row in worst_first]
     dots, place = panels[0], range(len(averages))
-    dots.hlines(place, min(values), values, color=_BLUE, alpha=0.3, linewidth=1)
-    dots.plot(values, place, "o", color=_BLUE)
-    dots.set_yticks(place, [_short(row.name) for row in worst_first])
-    dots.set_xlabel(_with_direction(judge))
+    dots.hlines(place, min(values), values, color=BLUE, alpha=0.3, linewidth=1)
+    dots.plot(values, place, "o", color=BLUE)
+    dots.set_yticks(place, [short(row.name) for row in worst_first])
+    dots.set_xlabel(with_direction(judge))
     dots.set_title("averages, best on top", fontsize="medium")
     if has_curve:
         numbers, heights = zip(*curve, strict=True)
-        panels[1].plot(numbers, heights, "o-", color=_BLUE, label="uniform mean")
+        panels[1].plot(numbers, heights, "o-", color=BLUE, label="uniform mean")
         panels[1].set_xlabel("checkpoints averaged")
         panels[1].set_ylabel(judge.metric)
         panels[1].set_title("over the number of checkpoints", fontsize="medium")
@@ -81,9 +62,11 @@ def sweep_plot(
         if has_curve:
             panels[1].axhline(value, color=color, linestyle=style, linewidth=1.2)
     figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
-    return _png(figure)
+    open_up(figure)
+    return png(figure)
 
 
+@styled()
 def soup_plot(steps: Sequence[SoupStep], judge: Judge) -> bytes:
     """Draw how a greedy soup was made: what each candidate is alone, and the mean with it.
 
@@ -108,17 +91,19 @@ def soup_plot(steps: Sequence[SoupStep], judge: Judge) -> bytes:
     ]
     accepted = [at for at in places if steps[at - 1].accepted]
     rejected = [at for at in places if not steps[at - 1].accepted]
-    panel.step(places, soup, where="post", color=_BLUE, label="the soup")
-    panel.plot(accepted, [means[at - 1] for at in accepted], "o", color=_BLUE, label="accepted")
-    panel.plot(rejected, [means[at - 1] for at in rejected], "x", color=_ORANGE, label="rejected")
-    panel.plot(places, alone, ".", color=_BLACK, label="the candidate alone")
+    panel.step(places, soup, where="post", color=BLUE, label="the soup")
+    panel.plot(accepted, [means[at - 1] for at in accepted], "o", color=BLUE, label="accepted")
+    panel.plot(rejected, [means[at - 1] for at in rejected], "x", color=ORANGE, label="rejected")
+    panel.plot(places, alone, ".", color=BLACK, label="the candidate alone")
     panel.set_xlabel("candidate, best first")
-    panel.set_ylabel(_with_direction(judge))
+    panel.set_ylabel(with_direction(judge))
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
-    return _png(figure)
+    open_up(figure)
+    return png(figure)
 
 
+@styled()
 def tune_plot(trials: Sequence[Trial], judge: Judge) -> bytes:
     """Draw a search over coefficients: what was tried, the best so far, the best coefficients.
 
@@ -140,36 +125,19 @@ def tune_plot(trials: Sequence[Trial], judge: Judge) -> bytes:
     for at in range(1, len(trials)):
         better = judge.is_better(trials[at].metrics, trials[best[-1]].metrics)
         best.append(at if better else best[-1])
-    course.plot(places, values, ".", color=_BLACK, label="tried")
-    course.step(places, [values[at] for at in best], where="post", color=_BLUE, label="best so far")
-    course.axhline(values[0], color=_ORANGE, linestyle="--", label="uniform mean")
+    course.plot(places, values, ".", color=BLACK, label="tried")
+    course.step(places, [values[at] for at in best], where="post", color=BLUE, label="best so far")
+    course.axhline(values[0], color=ORANGE, linestyle="--", label="uniform mean")
     course.set_xlabel("average tried")
-    course.set_ylabel(_with_direction(judge))
+    course.set_ylabel(with_direction(judge))
     chosen = trials[best[-1]].coefficients
     numbers = range(1, len(chosen) + 1)
-    weights.bar(numbers, chosen, color=_BLUE, label="best")
-    weights.axhline(1 / len(chosen), color=_ORANGE, linestyle="--")
+    weights.bar(numbers, chosen, color=BLUE, label="best")
+    weights.axhline(1 / len(chosen), color=ORANGE, linestyle="--")
     weights.set_xlabel("checkpoint, oldest first")
     weights.set_ylabel("coefficient")
     for panel in (course, weights):
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     course.legend(fontsize="small", frameon=False)
-    return _png(figure)
-
-
-def _with_direction(judge: Judge) -> str:
-    metric, mode = judge.settled
-    return f"{metric} ({'lower' if mode == 'min' else 'higher'} is better)"
-
-
-def _png(figure: "Figure") -> bytes:
-    for panel in figure.axes:
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=_DPI)
-    return image.getvalue()
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= _NAME_LENGTH else f"...{name[3 - _NAME_LENGTH :]}"
+    open_up(figure)
+    return png(figure)

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from ckptavg.directories import abandoned, make_parents, open_lock, remove_empty
 from ckptavg.errors import OutputError
-from ckptavg.search.line_log import LineLog
+from ckptavg.line_log import LineLog
 
 
 class Scratch:

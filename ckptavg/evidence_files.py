@@ -1,0 +1,136 @@
+"""What was measured, as files for people and programs: JSON, CSV, and pictures beside them."""
+
+import csv
+import io
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ckptavg.directories import (
+    RENAME_EXCHANGE,
+    RENAME_NOREPLACE,
+    make_parents,
+    remove_empty,
+    rename,
+    sync_directory,
+)
+from ckptavg.errors import OutputError, without_token
+from ckptavg.provenance import json_text
+
+FORMAT_VERSION = 1
+_EVIDENCE_FILE = re.compile(r"(trajectory|plane|width|path|ensemble)[\w.+-]*\.(json|csv|png|svg)")
+
+
+def data_files(
+    name: str, content: Mapping[str, Any], table: Iterable[Sequence[object]]
+) -> dict[str, bytes]:
+    """Return ``name.json`` and ``name.csv`` with their content.
+
+    Args:
+        name: What it is called.
+        content: For JSON.
+        table: For CSV, the header first.
+    """
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(table)
+    return {
+        f"{name}.json": f"{json_text(content)}\n".encode(),
+        f"{name}.csv": text.getvalue().encode("utf-8", "backslashreplace"),
+    }
+
+
+def evidence(
+    kind: str,
+    title: str,
+    summary: Sequence[str],
+    notes: Sequence[str],
+    details: Mapping[str, Any],
+    *,
+    command: str | None,
+) -> dict[str, Any]:
+    """Return what a measurement says, in the form that ``report`` reads.
+
+    Args:
+        kind: Which command made it, such as ``plane``; its files are called by it.
+        title: What it shows, in a few words.
+        summary: What was found, one sentence each.
+        notes: What the reader should know about how, one sentence each.
+        details: All numbers.
+        command: What made it; tokens are blanked out.
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "title": title,
+        "summary": list(summary),
+        "notes": list(notes),
+        **details,
+        "command": command and without_token(command),
+    }
+
+
+def check_evidence_destination(output: Path, *, overwrite: bool) -> None:
+    """Refuse a directory that cannot or must not be written.
+
+    Raises:
+        OutputError: If it exists and may not be replaced, or cannot be made.
+    """
+    if os.path.lexists(output):
+        if not overwrite:
+            raise OutputError(f"{output}: already exists; pass --overwrite to replace it")
+        if not output.is_dir() or output.is_symlink():
+            raise OutputError(f"{output}: is not a directory; --overwrite replaces directories")
+        for entry in sorted(output.iterdir()):
+            if not _EVIDENCE_FILE.fullmatch(entry.name):
+                raise OutputError(
+                    f"{output}: also holds '{entry.name}'; --overwrite replaces nothing but what "
+                    "this command writes: remove it yourself, or choose another output"
+                )
+    parent = next(one for one in Path(os.path.abspath(output)).parents if one.exists())
+    if not parent.is_dir():
+        raise OutputError(f"{output}: {parent} is not a directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{output}: {parent} is not writable")
+
+
+def publish_evidence(output: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
+    """Write files into a directory that appears whole or not at all.
+
+    Raises:
+        OutputError: If it exists and may not be replaced, or the storage refuses.
+    """
+    check_evidence_destination(output, overwrite=overwrite)
+    target = Path(os.path.abspath(output))
+    made: list[Path] = []
+    partial: Path | None = None
+    try:
+        made = make_parents(target)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        partial.chmod(0o777 & ~_umask())
+        for name, content in files.items():
+            with (partial / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        sync_directory(partial)
+        exists = os.path.lexists(target)
+        rename(partial, target, RENAME_EXCHANGE if exists else RENAME_NOREPLACE)
+        sync_directory(target.parent)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise OutputError(f"{output}: cannot be written: {reason}") from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)  # after an exchange: what was there before
+        remove_empty(made)
+
+
+def _umask() -> int:
+    """Return the process's mask without changing it for long."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

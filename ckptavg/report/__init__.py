@@ -1,0 +1,1 @@
+"""One page of everything that is known about an output."""
