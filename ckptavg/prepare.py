@@ -16,11 +16,12 @@ from ckptavg.average import (
     choose_device,
     size_workspace,
 )
-from ckptavg.checkpoint import Checkpoint, normalise_names, under_last_names, widen_dtypes
+from ckptavg.checkpoint import Checkpoint, normalise_names, widen_dtypes
 from ckptavg.derive import refuse_too_large
 from ckptavg.destination import check_destination
-from ckptavg.errors import CkptavgError, MemoryBudgetError, SourceError, UsageError
-from ckptavg.gathering import close_all, open_source, open_sources, order_by_position
+from ckptavg.errors import MemoryBudgetError, SourceError, UsageError
+from ckptavg.gathering import open_source
+from ckptavg.opening import fetched_notes, opened_in_order, telling_what_was_fetched
 from ckptavg.plan import AveragePlan, check_format, plan_average
 from ckptavg.processes import Processes
 from ckptavg.provenance import earlier_provenance, last_averaged
@@ -122,25 +123,22 @@ def prepared_average(
             raise UsageError(f"{name} is {value}, expected at least 1")
     check_format(output_format, max_shard_bytes)
     directory = os.path.realpath(os.curdir)
-    hub = HubAccess(cache=cache, connections=n_threads)
-    with _telling_what_was_fetched(hub):
-        opened, notes = open_sources(sources, state_key=state_key, hub=hub, selection=selection)
-    try:
-        order = order_by_position(opened)
-        if order != list(range(len(opened))):
-            notes.append("checkpoints are in the order of training, not as typed")
-            recipe = recipe.reordered(order)
-        checkpoints, naming_notes = normalise_names(
-            [opened[index] for index in order], strip_prefixes
-        )
-        notes += naming_notes
-        if keep_prefix:
-            checkpoints, kept_notes = under_last_names(checkpoints)
-            notes += kept_notes
+    with opened_in_order(
+        sources,
+        selection=selection,
+        state_key=state_key,
+        strip_prefixes=strip_prefixes,
+        keep_prefix=keep_prefix,
+        n_threads=n_threads,
+        cache=cache,
+    ) as found:
+        hub, notes, checkpoints = found.hub, found.notes, found.checkpoints
+        if found.is_reordered:
+            recipe = recipe.reordered(found.order)
         if recipe.dtype != "same":  # the output does not depend on what the inputs are
             checkpoints, widening_notes = widen_dtypes(checkpoints)
             notes += widening_notes
-        with _telling_what_was_fetched(hub):
+        with telling_what_was_fetched(hub):
             plan = plan_average(
                 checkpoints,
                 recipe,
@@ -193,7 +191,7 @@ def prepared_average(
             plan,
             chosen,
             processes,
-            opened,
+            found.opened,
             hub=hub,
             state_key=state_key,
             strip_prefixes=strip_prefixes,
@@ -228,12 +226,9 @@ def prepared_average(
                 *side_notes,
                 *_batchnorm_due(plan, batchnorm),
                 *_averaged_elsewhere(workspace.device, chosen, batchnorm),
-                *_fetched(hub),
+                *fetched_notes(hub),
             ),
         )
-    finally:
-        hub.cancel()
-        close_all(opened)
 
 
 def _workspace(
@@ -277,25 +272,6 @@ def _workspace(
         workspace,
         host_nbytes=workspace.host_nbytes + reading_nbytes,
         max_host_nbytes=workspace.max_host_nbytes + reading_nbytes,
-    )
-
-
-@contextmanager
-def _telling_what_was_fetched(hub: HubAccess) -> Iterator[None]:
-    """Add to an error that no more than headers was fetched, where that is worth knowing."""
-    try:
-        yield
-    except CkptavgError as error:
-        for note in _fetched(hub):
-            error.add_note(note)
-        raise
-
-
-def _fetched(hub: HubAccess) -> list[str]:
-    return (
-        [f"{hub.fetched_nbytes} bytes of headers and lists were fetched from the Hub"]
-        if hub.fetched_nbytes
-        else []
     )
 
 
