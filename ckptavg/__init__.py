@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ckptavg.batchnorm import BnConvergence, BnLayerReport, BnReport, recompute_bn_stats
     from ckptavg.checkpoint import Checkpoint, open_checkpoint
     from ckptavg.derived import AdapterReport
+    from ckptavg.ensemble_results import EnsembleResult
     from ckptavg.errors import (
         AfterPublishError,
         BatchNormError,
@@ -26,11 +27,14 @@ if TYPE_CHECKING:
         OutputError,
         ProcessEndedError,
         ProcessError,
+        ReportError,
         SourceError,
         UsageError,
         VerificationError,
     )
     from ckptavg.eval_command import EvalCommand
+    from ckptavg.labelled import LabelledEvaluation, Loader
+    from ckptavg.landscape.ensemble import ensemble
     from ckptavg.model_zoo import ModelFromConfig, model_from
     from ckptavg.pipeline import (
         average_checkpoints,
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
     )
     from ckptavg.plan import AveragePlan, plan_average
     from ckptavg.recipe import Recipe
+    from ckptavg.report import ReportResult, write_report
     from ckptavg.rerun import ReproducedFile, TensorDifference
     from ckptavg.results import (
         AverageResult,
@@ -83,11 +88,14 @@ _HOME = {
     "CheckpointInfo": "results",
     "CkptavgError": "errors",
     "ComparisonRow": "results",
+    "EnsembleResult": "ensemble_results",
     "EvalCommand": "eval_command",
     "HubError": "errors",
     "HubRevision": "tensors",
     "IncompatibleCheckpointsError": "errors",
     "IncompleteCheckpointError": "errors",
+    "LabelledEvaluation": "labelled",
+    "Loader": "labelled",
     "MemoryBudgetError": "errors",
     "ModelError": "errors",
     "ModelFromConfig": "model_zoo",
@@ -97,6 +105,8 @@ _HOME = {
     "ProcessError": "errors",
     "PushResult": "tensors",
     "Recipe": "recipe",
+    "ReportError": "errors",
+    "ReportResult": "report",
     "ReproducedFile": "rerun",
     "RunCheckpoint": "results",
     "RunInfo": "results",
@@ -118,6 +128,7 @@ _HOME = {
     "VerifiedSource": "verify",
     "VerifyResult": "verify",
     "average_checkpoints": "pipeline",
+    "ensemble": "landscape.ensemble",
     "greedy_soup": "search.soup",
     "hub_revisions": "pipeline",
     "inspect_checkpoint": "pipeline",
@@ -134,6 +145,7 @@ _HOME = {
     "sweep": "search.sweep",
     "tune": "search.tune",
     "verify_output": "verify",
+    "write_report": "report",
 }
 
 __all__ = [
@@ -151,11 +163,14 @@ __all__ = [
     "CheckpointInfo",
     "CkptavgError",
     "ComparisonRow",
+    "EnsembleResult",
     "EvalCommand",
     "HubError",
     "HubRevision",
     "IncompatibleCheckpointsError",
     "IncompleteCheckpointError",
+    "LabelledEvaluation",
+    "Loader",
     "MemoryBudgetError",
     "ModelError",
     "ModelFromConfig",
@@ -165,6 +180,8 @@ __all__ = [
     "ProcessError",
     "PushResult",
     "Recipe",
+    "ReportError",
+    "ReportResult",
     "ReproducedFile",
     "RunCheckpoint",
     "RunInfo",
@@ -187,6 +204,7 @@ __all__ = [
     "VerifyResult",
     "__version__",
     "average_checkpoints",
+    "ensemble",
     "greedy_soup",
     "hub_revisions",
     "inspect_checkpoint",
@@ -203,6 +221,7 @@ __all__ = [
     "sweep",
     "tune",
     "verify_output",
+    "write_report",
 ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 
 from ckptavg.checkpoint.folder import PROVENANCE_NAME, read_local_json
 from ckptavg.errors import OutputError, UsageError
+from ckptavg.report_file import is_report
 from ckptavg.tensors import FileStamp
 
 _SPARE_BYTES = 64 * 2**20  # side files, directory entries
@@ -74,7 +75,11 @@ def check_replaceable(output: Path) -> None:
     """Allow replacing what ckptavg wrote, a bare model, or nothing; never anything else."""
     if not output.is_dir():
         raise OutputError(f"{output}: is not a directory; --overwrite replaces model directories")
-    names = sorted(one.name for one in output.iterdir() if not _EVIDENCE.fullmatch(one.name))
+    names = sorted(
+        one.name
+        for one in output.iterdir()
+        if not _EVIDENCE.fullmatch(one.name) and not is_report(one)
+    )
     if names and all(_siblings(output / name) == names for name in names):
         for name in names:  # several averages that were made at once
             check_replaceable(output / name)

@@ -15,6 +15,7 @@ The tree::
     ├── OutputError                   the output cannot be written; nothing was published
     ├── AfterPublishError             the output was published, a later step failed (exit code 3)
     ├── VerificationError             an output is not what its provenance says
+    ├── ReportError                   what a report is to tell is not there, or cannot be read
     ├── ModelError                    the user's model or data could not be built or loaded
     └── BatchNormError                BatchNorm statistics could not be computed; model unchanged
 
@@ -117,6 +118,10 @@ class AfterPublishError(CkptavgError):
 
 class VerificationError(CkptavgError):
     """An output is not what its provenance says, or nothing says what it should be."""
+
+
+class ReportError(CkptavgError):
+    """What a report is to tell is not there, cannot be read, or is of another version."""
 
 
 class ModelError(CkptavgError):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -25,9 +26,30 @@ def evaluated(model: nn.Module, evaluate: Evaluate) -> dict[str, float]:
         ModelError: If it returns anything but a number, or several by name.
         Exception: Whatever it raises.
     """
-    with random_state_kept(None), modes_kept(model), buffers_kept(model), torch.no_grad():
-        set_modes(model, training=False)
+    with evaluation_state([model]):
         value = evaluate(model)
+    return checked_metrics(value)
+
+
+@contextmanager
+def evaluation_state(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Put models into evaluation mode, without gradients; restore what evaluations may change."""
+    with ExitStack() as stack:
+        stack.enter_context(random_state_kept(None))
+        stack.enter_context(torch.no_grad())
+        for model in models:
+            stack.enter_context(modes_kept(model))
+            stack.enter_context(buffers_kept(model))
+            set_modes(model, training=False)
+        yield
+
+
+def checked_metrics(value: object) -> dict[str, float]:
+    """Return what an evaluation returned as numbers by name.
+
+    Raises:
+        ModelError: If it is anything but a number, or several by name.
+    """
     found: Mapping[Any, Any] = value if isinstance(value, Mapping) else {"metric": value}
     metrics: dict[str, float] = {}
     for name, one in found.items():

@@ -49,14 +49,14 @@ class LiveModel:
             build = model
             if isinstance(model, ModelFromConfig):
                 build = partial(model.build, _directory(checkpoint))
-            with _user_code("building the model"), _on_device(device):
+            with user_code("building the model"), _on_device(device):
                 model = build()  # type: ignore[operator, misc]  # ModelFromConfig and None are gone
         if not isinstance(model, nn.Module):
             raise ModelError(f"the model is a {type(model).__name__}, expected a torch.nn.Module")
         if batchnorm.batches is not None and not callable(batchnorm.batches):
             _refuse_other_than_batches(batchnorm.batches)
         self.module = unwrapped(model)
-        with _user_code("preparing the model"):
+        with user_code("preparing the model"):
             self.check(checkpoint)
             self.module.to(device)
 
@@ -76,7 +76,7 @@ class LiveModel:
             CheckpointError: If they cannot be read.
         """
         fits = []
-        with _user_code(f"loading {checkpoint.label} into the model"):
+        with user_code(f"loading {checkpoint.label} into the model"):
             self._processes.together(lambda: fits.append(load_weights(self.module, checkpoint)))
         return fits[0]
 
@@ -106,10 +106,10 @@ class LiveModel:
         def metrics_of_first() -> dict[str, float] | None:
             if self._processes.rank != 0:
                 return None
-            with self._on_its_device():
+            with self.on_its_device():
                 return evaluated(self.module, function)
 
-        with _user_code(f"evaluating '{what}'"):
+        with user_code(f"evaluating '{what}'"):
             return self._processes.together(metrics_of_first)[0]
 
     def recompute(self, progress: Report) -> BnReport | None:
@@ -121,10 +121,10 @@ class LiveModel:
         """
         if self.options.batches is None:
             return None
-        with _user_code("the BatchNorm pass"), self._on_its_device():
+        with user_code("the BatchNorm pass"), self.on_its_device():
             return recompute_together(
                 self.module,
-                self._batches,
+                self.batches,
                 self.options,
                 processes=self._processes,
                 progress=progress,
@@ -153,13 +153,19 @@ class LiveModel:
             if name in statistics:
                 buffer.copy_(statistics[name])
 
-    def _batches(self) -> Iterable[Any]:
+    def batches(self) -> Iterable[Any]:
+        """Return the batches for a BatchNorm pass.
+
+        Raises:
+            ModelError: If the data is no iterable.
+        """
         found = self.options.batches
         if callable(found) and not isinstance(found, Iterable):
             found = found()
         return _refuse_other_than_batches(found)
 
-    def _on_its_device(self) -> AbstractContextManager[object]:
+    def on_its_device(self) -> AbstractContextManager[object]:
+        """Let what user code puts on "cuda" go where the model is."""
         return _on_device(next((str(one.device) for one in self.module.parameters()), "cpu"))
 
 
@@ -194,7 +200,7 @@ def _refuse_other_than_batches(batches: object) -> Iterable[Any]:
 
 
 @contextmanager
-def _user_code(doing: str) -> Iterator[None]:
+def user_code(doing: str) -> Iterator[None]:
     """Turn what the user's model, data or forward raise into one error; the cause is kept."""
     try:
         yield

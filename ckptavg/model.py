@@ -94,7 +94,7 @@ def _differences(
 ) -> tuple[list[str], list[str]]:
     """Return the model's names that are missing among the stored ones, and those too many."""
     there = {fit.in_model(name) for name in stored if name.startswith(fit.stored_prefix)}
-    tied = _tied_names(state)
+    tied = tied_names(state)
     missing = [
         name
         for name in state
@@ -142,7 +142,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> NameFit:
         for name, value in read_tensors(checkpoint)
         if fit.in_model(name) in state
     }
-    for name, others in _tied_names(state).items():
+    for name, others in tied_names(state).items():
         owner = next(other for other in others if other in values)
         if name not in values:
             values[name] = values[owner]
@@ -216,7 +216,7 @@ def _has_no_storage(value: object) -> bool:
     return isinstance(value, Tensor) and (is_lazy(value) or value.is_meta)
 
 
-def _tied_names(state: Mapping[str, object]) -> dict[str, list[str]]:
+def tied_names(state: Mapping[str, object]) -> dict[str, list[str]]:
     """Return, for every name that shares all its storage with others, all of these names."""
     names_by_storage: dict[tuple[object, ...], list[str]] = {}
     for name, value in state.items():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ckptavg.checkpoint import Checkpoint, normalise_names, under_last_names
 from ckptavg.errors import CkptavgError
-from ckptavg.gathering import close_all, open_sources, order_by_position
+from ckptavg.gathering import close_all, open_source, open_sources, order_by_position
 from ckptavg.selection import Selection
 from ckptavg.sources import HubAccess, Source
 
@@ -18,8 +18,8 @@ class Opened:
     """Checkpoints that are open, in the order of training.
 
     Attributes:
-        checkpoints: Oldest first, under names without prefixes.
-        order: Where each of them stood among the sources.
+        checkpoints: Oldest first, under names without prefixes; then the further ones.
+        order: Where each of the former stood among the sources.
         opened: What is closed at the end; may be added to.
         notes: What the user should know, one sentence each; may be added to.
         hub: Access to the Hub.
@@ -41,6 +41,7 @@ class Opened:
 def opened_in_order(
     sources: Source | Sequence[Source],
     *,
+    further: Sequence[Source] = (),
     selection: Selection | None = None,
     state_key: str | None = None,
     strip_prefixes: Sequence[str] = (),
@@ -50,19 +51,30 @@ def opened_in_order(
 ) -> Iterator[Opened]:
     """Open the sources, put them in the order of training, and close them at the end.
 
-    Args as in ``average_checkpoints``.
+    Args as in ``average_checkpoints``; ``further`` are single checkpoints that no selection
+    concerns, in their order.
     """
     hub = HubAccess(cache=cache, connections=n_threads)
-    with telling_what_was_fetched(hub):
-        opened, notes = open_sources(sources, state_key=state_key, hub=hub, selection=selection)
+    opened: list[Checkpoint] = []
+    notes: list[str] = []
+    if sources:
+        with telling_what_was_fetched(hub):
+            opened, notes = open_sources(sources, state_key=state_key, hub=hub, selection=selection)
     try:
         order = order_by_position(opened)
         if order != sorted(order):
             notes.append("checkpoints are in the order of training, not as typed")
-        checkpoints, naming_notes = normalise_names(
-            [opened[index] for index in order], strip_prefixes
-        )
-        notes += naming_notes
+        checkpoints: list[Checkpoint] = []
+        if opened:
+            in_order = [opened[index] for index in order]
+            checkpoints, naming_notes = normalise_names(in_order, strip_prefixes)
+            notes += naming_notes
+        for source in further:
+            opened.append(open_source(source, state_key=state_key, hub=hub))
+            there = [one for one in strip_prefixes if _begins(opened[-1], one)]
+            renamed, naming_notes = normalise_names(opened[-1:], there)
+            checkpoints += renamed
+            notes += naming_notes
         if keep_prefix:
             checkpoints, kept_notes = under_last_names(checkpoints)
             notes += kept_notes
@@ -70,6 +82,10 @@ def opened_in_order(
     finally:
         hub.cancel()
         close_all(opened)
+
+
+def _begins(checkpoint: Checkpoint, prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in checkpoint.tensors)
 
 
 @contextmanager

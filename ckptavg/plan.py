@@ -6,10 +6,10 @@ for reasons that no header tells: a read error, a non-finite value, a full disk.
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import get_args
+from typing import Any, get_args
 
 from ckptavg._version import __version__
 from ckptavg.blocks import TAKE_CHUNK_NBYTES, Action, Chunk, TensorPlan, cut_into_blocks
@@ -25,7 +25,8 @@ from ckptavg.derived import (
     shapes_that_may_differ,
 )
 from ckptavg.errors import IncompatibleCheckpointsError, UsageError
-from ckptavg.hub import split_into_shards
+from ckptavg.geometry import GramTable
+from ckptavg.layout import TORCH_NAME, ShardPlan, lay_out, split_by_size
 from ckptavg.recipe import Recipe
 from ckptavg.schemes import Positions, Scheme, coefficient_rows, output_names
 from ckptavg.tensors import (
@@ -37,20 +38,10 @@ from ckptavg.tensors import (
     TensorInfo,
 )
 
-SAFETENSORS_NAME, TORCH_NAME = "model.safetensors", "model.pt"
 _DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 
 _LORA_FACTOR = re.compile(r"\.lora_(A|B|embedding_A|embedding_B)\b")
 _BATCHNORM_STATISTIC = re.compile(r"(^|\.)running_(mean|var)$")
-
-
-@dataclass(frozen=True, slots=True)
-class ShardPlan:
-    """One output file: its name, the bytes of its data, its tensors in the order of the data."""
-
-    filename: str
-    nbytes: int
-    tensor_names: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +78,7 @@ class AveragePlan:
         read_scratch_nbytes: What reading may hold beside the caller's buffer, for each thread.
         notes: What a user should know about the decisions, one sentence each.
         derived: What is computed in groups of tensors.
+        compares: Whether inner products of the checkpoints are computed along.
     """
 
     recipe: Recipe
@@ -105,6 +97,7 @@ class AveragePlan:
     read_scratch_nbytes: int
     notes: tuple[str, ...]
     derived: Derived = NOTHING_DERIVED
+    compares: bool = False
 
     @property
     def rows(self) -> tuple[CoefficientRow, ...]:
@@ -161,8 +154,9 @@ class AveragePlan:
 
     @cached_property
     def used_checkpoints(self) -> tuple[int, ...]:
-        """Indices of the checkpoints that go into an output, oldest first."""
-        return tuple(sorted({index for row in self.rows for index in row.used}))
+        """Indices of the checkpoints that are read, oldest first: all where nothing is made."""
+        used = {index for row in self.rows for index in row.used}
+        return tuple(sorted(used if self.outputs else range(self.n_checkpoints)))
 
     @property
     def draws_noise(self) -> bool:
@@ -209,18 +203,21 @@ class AveragePlan:
                 chunk also ``TAKE_CHUNK_NBYTES``, for all that is kept of it together.
             blocks: Numbers of the blocks; None cuts all.
         """
-        n_kept = len({output.take_from for output in self.outputs})
-        take_nbytes = min(max_nbytes, TAKE_CHUNK_NBYTES // n_kept)
+        take_nbytes = min(max_nbytes, TAKE_CHUNK_NBYTES // self._n_kept)
         for number in range(len(self.blocks)) if blocks is None else blocks:
             block = self.blocks[number]
             yield from block.cut(take_nbytes if block.action is Action.TAKE else max_nbytes)
 
     def taking_nbytes(self, max_nbytes: int) -> int:
         """Bytes that copying a chunk takes: what is kept for the outputs, and one to compare."""
-        n_kept = len({output.take_from for output in self.outputs})
         taken = (block.nbytes for block in self.blocks if block.action is Action.TAKE)
-        chunk_nbytes = min(max(taken, default=0), max_nbytes, TAKE_CHUNK_NBYTES // n_kept)
-        return (n_kept + 1) * chunk_nbytes
+        chunk_nbytes = min(max(taken, default=0), max_nbytes, TAKE_CHUNK_NBYTES // self._n_kept)
+        return (self._n_kept + 1) * chunk_nbytes
+
+    @property
+    def _n_kept(self) -> int:
+        """How many checkpoints give tensors to copy."""
+        return len({output.take_from for output in self.outputs}) or 1
 
 
 def is_batchnorm_statistic(name: str) -> bool:
@@ -295,28 +292,83 @@ def plan_average(
     elif output_format == "torch":
         files = {TORCH_NAME: list(infos)}
     else:
-        files = _split(infos, dtypes, max_shard_bytes or _DEFAULT_MAX_SHARD_BYTES)
-    tensors, shards = _lay_out(infos, dtypes, owners, files, shared, derived.outputs.keys())
+        files = split_by_size(infos, dtypes, max_shard_bytes or _DEFAULT_MAX_SHARD_BYTES)
+    tensors, shards = lay_out(infos, dtypes, owners, files, shared, derived.outputs.keys())
     if configs is not None and max_shard_bytes and shards[0].nbytes > max_shard_bytes:
         plan_notes.append(f"an adapter is one file, here of {shards[0].nbytes} bytes")
     return AveragePlan(
         recipe=recipe,
         outputs=outputs,
-        labels=tuple(checkpoint.label for checkpoint in checkpoints),
-        steps=tuple(checkpoint.step for checkpoint in checkpoints),
-        epochs=tuple(checkpoint.epoch for checkpoint in checkpoints),
-        files=tuple(tuple(checkpoint.files) for checkpoint in checkpoints),
-        hubs=tuple(checkpoint.hub for checkpoint in checkpoints),
-        places=tuple(checkpoint.places_digest for checkpoint in checkpoints),
+        **_about(checkpoints),
         output_format=output_format,
-        names=tuple(reference.tensors),
         tensors=tensors,
         shards=shards,
         metadata=_declared_ties(reference, output_format),
-        read_scratch_nbytes=max(checkpoint.read_scratch_nbytes for checkpoint in checkpoints),
         notes=tuple(dict.fromkeys(plan_notes)),
         derived=derived,
     )
+
+
+def gram_table(plan: AveragePlan) -> GramTable | None:
+    """Return where a plan's inner products are collected; None if it does not compare.
+
+    BatchNorm statistics are no weights, and tied weights count once.
+    """
+    if not plan.compares:
+        return None
+    averaged = plan.with_action(Action.AVERAGE)
+    weights = (one for one in averaged if not is_batchnorm_statistic(one.name))
+    return GramTable(((one.name, one.info.shape) for one in weights), plan.used_checkpoints)
+
+
+def plan_comparison(checkpoints: Sequence[Checkpoint], *, notes: Sequence[str]) -> AveragePlan:
+    """Decide how checkpoints are compared with each other, as they are stored; nothing is made.
+
+    Args:
+        checkpoints: Opened checkpoints, oldest first.
+        notes: What is known already; the plan's own notes follow.
+
+    Raises:
+        IncompatibleCheckpointsError: If names, shapes or dtypes differ, or there is nothing to
+            compare.
+    """
+    reference = checkpoints[-1]
+    for checkpoint in checkpoints:
+        refuse_unaveragable(checkpoint, "torch")  # the format that stores everything
+    for checkpoint in checkpoints[:-1]:
+        refuse_differences(checkpoint, reference)
+    plan_notes = [*notes]
+    for checkpoint in checkpoints:
+        plan_notes.extend(f"{checkpoint.label}: {note}" for note in checkpoint.notes)
+    owners, tie_notes = tied_names(checkpoints)
+    infos = reference.tensors
+    dtypes = {name: info.dtype for name, info in infos.items()}
+    tensors, shards = lay_out(infos, dtypes, owners, {TORCH_NAME: list(infos)}, {}, ())
+    return AveragePlan(
+        recipe=Recipe(),
+        outputs=(),
+        **_about(checkpoints),
+        output_format="torch",
+        tensors=tensors,
+        shards=shards,
+        metadata={},
+        notes=tuple(dict.fromkeys([*plan_notes, *tie_notes])),
+        compares=True,
+    )
+
+
+def _about(checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
+    """Return what a plan knows of its checkpoints."""
+    return {
+        "labels": tuple(checkpoint.label for checkpoint in checkpoints),
+        "steps": tuple(checkpoint.step for checkpoint in checkpoints),
+        "epochs": tuple(checkpoint.epoch for checkpoint in checkpoints),
+        "files": tuple(tuple(checkpoint.files) for checkpoint in checkpoints),
+        "hubs": tuple(checkpoint.hub for checkpoint in checkpoints),
+        "places": tuple(checkpoint.places_digest for checkpoint in checkpoints),
+        "names": tuple(checkpoints[-1].tensors),
+        "read_scratch_nbytes": max(checkpoint.read_scratch_nbytes for checkpoint in checkpoints),
+    }
 
 
 def check_format(output_format: OutputFormat, max_shard_bytes: int | None) -> None:
@@ -377,56 +429,3 @@ def _output_dtype(info: TensorInfo, recipe: Recipe) -> DType:
     if info.dtype.kind == "float" and recipe.dtype != "same":
         return DTYPE_BY_NAME[recipe.dtype]
     return info.dtype
-
-
-def _split(
-    infos: Mapping[str, TensorInfo], output_dtypes: Mapping[str, DType], max_shard_bytes: int
-) -> dict[str, list[str]]:
-    """Return file name -> tensor names."""
-    sizes = {name: info.numel * output_dtypes[name].itemsize for name, info in infos.items()}
-    if sum(sizes.values()) <= max_shard_bytes:
-        return {SAFETENSORS_NAME: list(sizes)}
-    return split_into_shards(sizes, max_shard_bytes)
-
-
-def _lay_out(
-    infos: Mapping[str, TensorInfo],
-    output_dtypes: Mapping[str, DType],
-    owners: Mapping[str, str],
-    names_by_file: Mapping[str, list[str]],
-    shared: Mapping[str, str],
-    derived: Collection[str],
-) -> tuple[tuple[TensorPlan, ...], tuple[ShardPlan, ...]]:
-    """Place every tensor: widest dtype first, so that each lies aligned to its own element size.
-
-    ``shared`` are the tied names that lie where their owners do.
-    """
-    tensors, shards = [], []
-    for shard, (filename, names) in enumerate(sorted(names_by_file.items())):
-        names = sorted(names, key=lambda name: -output_dtypes[name].itemsize)
-        offset, offsets = 0, dict[str, int]()
-        for name in names:
-            if name not in shared:
-                offsets[name] = offset
-                offset += infos[name].numel * output_dtypes[name].itemsize
-        for name in names:
-            kind = infos[name].dtype.kind
-            action = Action.AVERAGE if kind in ("float", "complex") else Action.TAKE
-            owner = owners.get(name)
-            if name in derived:  # under each of its names
-                action, owner = Action.DERIVE, None
-            elif owner is not None:
-                action = Action.ALIAS
-            tensors.append(
-                TensorPlan(
-                    name=name,
-                    info=infos[name],
-                    output_dtype=output_dtypes[name],
-                    action=action,
-                    owner=owner,
-                    shard=shard,
-                    offset=offsets[shared.get(name, name)],
-                )
-            )
-        shards.append(ShardPlan(filename, offset, tuple(names)))
-    return tuple(tensors), tuple(shards)

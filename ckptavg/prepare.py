@@ -158,7 +158,7 @@ def prepared_average(
             runs_model=runs_model,
             local_rank=processes.local_rank,
         )
-        workspace = _workspace(
+        workspace = workspace_for(
             plan,
             averaging_device(plan, chosen),
             hub,
@@ -231,7 +231,7 @@ def prepared_average(
         )
 
 
-def _workspace(
+def workspace_for(
     plan: AveragePlan,
     device: str,
     hub: HubAccess,

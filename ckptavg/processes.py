@@ -39,6 +39,16 @@ def is_first_process() -> bool:
     return not started_by_torchrun() or os.environ.get("RANK") == "0"
 
 
+def check_alone(what: str, *, distributed: bool) -> None:
+    """Refuse several processes.
+
+    Raises:
+        UsageError: If there are, or are to be, several.
+    """
+    if distributed or started_by_torchrun():
+        raise UsageError(f"{what} is made by one process: leave torchrun out")
+
+
 class Processes:
     """One process: nobody to wait for.
 

@@ -17,6 +17,7 @@ from ckptavg.checkpoint.folder import (
 )
 from ckptavg.errors import CheckpointError
 from ckptavg.hub import CARD_NAME
+from ckptavg.report_file import is_report
 from ckptavg.tensors import DType
 from ckptavg.writer import ModelWriter
 
@@ -77,7 +78,7 @@ def find_side_files(
         path = root / name
         if folder.size(name) > MAX_SIDE_FILE_BYTES:
             notes.append(f"did not copy {name}: it is larger than {MAX_SIDE_FILE_BYTES} bytes")
-        elif not path.is_file():
+        elif not path.is_file() or is_report(path):  # which is about another model
             continue
         elif path.suffix == ".py":
             code.append(name)

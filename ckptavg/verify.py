@@ -17,6 +17,7 @@ from ckptavg.hashing import hash_file
 from ckptavg.hub import parse_reference
 from ckptavg.hub.threads import in_parallel
 from ckptavg.recipe_file import RecipeTable
+from ckptavg.report_file import is_report
 from ckptavg.rerun import ReproducedFile, named_code, run_again
 from ckptavg.sources import HubAccess
 from ckptavg.tensors import HubRevision
@@ -55,7 +56,7 @@ class VerifyResult:
     Attributes:
         output: Its directory.
         files: What its provenance lists.
-        unlisted: Names of files in it that the provenance does not list.
+        unlisted: Names of files in it that the provenance does not list, but for reports.
         sources: The checkpoints that went in.
         reproduced: The files, compared with those that were made again; None if none were.
         problems: What is not as recorded, one line each; none if all is well.
@@ -263,7 +264,7 @@ def _unlisted(output: Path, listed: set[str]) -> tuple[str, ...]:
     found = {
         path.relative_to(output).as_posix()
         for path in output.rglob("*")
-        if path.is_symlink() or not path.is_dir()
+        if (path.is_symlink() or not path.is_dir()) and not is_report(path)
     }
     return tuple(sorted(found - listed - {PROVENANCE_NAME}))
 

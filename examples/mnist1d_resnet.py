@@ -6,6 +6,8 @@ statistics, and to judge models, does it need to run one, and then it is told wh
     --model mnist1d_resnet:build             called without arguments, returns the model
     --data  mnist1d_resnet:train_batches     called without arguments, returns batches of inputs
     --eval  mnist1d_resnet:scores            called with a model, returns numbers by name
+    --loader test=mnist1d_resnet:test_batches
+                                             called without arguments, returns labelled batches
 
 In your own project these are usually short functions around code that you already have.
 """
@@ -119,6 +121,29 @@ def build() -> ResNet1d:
 def train_batches() -> Sequence[Tensor]:
     """Return the inputs of the whole training set in batches of 500; labels are not needed."""
     return torch.split(load_mnist1d().train_signals, BN_BATCH_SIZE)
+
+
+def labelled_train_batches() -> list[tuple[Tensor, Tensor]]:
+    """Return the training set as batches of signals and digits, for its loss and error."""
+    dataset = load_mnist1d()
+    return _labelled(dataset.train_signals, dataset.train_digits)
+
+
+def validation_batches() -> list[tuple[Tensor, Tensor]]:
+    """Return the validation set as batches of signals and digits."""
+    dataset = load_mnist1d()
+    return _labelled(dataset.validation_signals, dataset.validation_digits)
+
+
+def test_batches() -> list[tuple[Tensor, Tensor]]:
+    """Return the test set as batches of signals and digits."""
+    dataset = load_mnist1d()
+    return _labelled(dataset.test_signals, dataset.test_digits)
+
+
+def _labelled(signals: Tensor, digits: Tensor) -> list[tuple[Tensor, Tensor]]:
+    pieces = (torch.split(whole, BN_BATCH_SIZE) for whole in (signals, digits))
+    return list(zip(*pieces, strict=True))
 
 
 def scores(model: nn.Module) -> dict[str, float]:

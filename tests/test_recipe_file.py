@@ -279,7 +279,7 @@ def runnable() -> dict[str, click.Command]:
     return {
         name: recipe_command({"command": name}, "recipe", cli)[1]
         for name in _COMMANDS
-        if name not in ("inspect", "push", "run", "verify")
+        if name not in ("inspect", "push", "run", "report", "verify")
     }
 
 
@@ -303,7 +303,7 @@ def test_every_command_that_makes_an_output_takes_its_sources_from_one_argument(
 
 
 def test_other_commands_are_not_run_from_recipes() -> None:
-    for name in ("inspect", "push", "run", "verify"):
+    for name in ("inspect", "push", "run", "report", "verify"):
         there = "recipe: command: '{}' is not one that a recipe runs; there are average, recompute"
         with pytest.raises(UsageError, match=there.format(name)):
             recipe_command({"command": name}, "recipe", cli)

@@ -8,7 +8,10 @@ from time import thread_time
 
 import numpy as np
 
+from ckptavg.average.buffers import Buffers
 from ckptavg.average.chunks import repair_nonfinite, take_chunk
+from ckptavg.average.floats import BITS
+from ckptavg.average.gram import Gram, gram_nbytes
 from ckptavg.average.numpy_arithmetic import NumpyArithmetic, workspace_nbytes
 from ckptavg.average.work import (
     Job,
@@ -28,6 +31,7 @@ from ckptavg.plan import AveragePlan
 _CHUNK_NBYTES = 1 * MiB  # input, sums and output stay in the caches
 _FEW_THREADS = 4  # more of them get larger chunks: they would wait for Python's lock too often
 _MIN_CHUNK_NBYTES = 64 * 1024
+_STACK_OF_CHUNKS_NBYTES = 8 * MiB  # of all checkpoints, where they are compared
 _MAX_THREADS = 8  # more gain nothing, for the same reason
 _MAX_WAITING_THREADS = 16
 FIXED_NBYTES = 8_000 * 1024  # code, threads, headers and plan of a usual model
@@ -46,6 +50,9 @@ def size_cpu_workspace(
     """
     threads = n_threads or min(cpus, _MAX_THREADS)
     chunk_nbytes = _CHUNK_NBYTES * (1 if threads <= _FEW_THREADS else 2)
+    if plan.compares:
+        chunk_nbytes = min(chunk_nbytes, _STACK_OF_CHUNKS_NBYTES // len(plan.used_checkpoints))
+        chunk_nbytes = max(chunk_nbytes, _MIN_CHUNK_NBYTES)
 
     def needed(threads: int) -> int:
         code = FIXED_NBYTES + (_RANDOM_NBYTES if plan.draws_noise else 0)
@@ -117,27 +124,32 @@ class _Crew:
         plan = self._job.plan
         largest = averaged_chunk_nbytes(plan, self._chunk_nbytes)
         arithmetic = NumpyArithmetic(plan.rows, plan.recipe.accumulate, largest)
+        gram = Gram(self._job, Buffers(largest))
         timings = Timings()
         for chunk in self._chunks:
             if chunk.action is Action.TAKE:
                 self._ledger.enter(chunk, take_chunk(self._job, chunk))
             else:
-                self._average(chunk, arithmetic, timings)
+                self._average(chunk, arithmetic, gram, timings)
                 self._ledger.enter(chunk)
         with self._lock:
             self.timings.add(timings, share=1 / self._begun)
         self.stop()  # those that wait need not begin any more
 
-    def _average(self, chunk: Chunk, arithmetic: NumpyArithmetic, timings: Timings) -> None:
+    def _average(
+        self, chunk: Chunk, arithmetic: NumpyArithmetic, gram: Gram, timings: Timings
+    ) -> None:
         job = self._job
         watch, read_seconds, read_cpu_seconds = Stopwatch(), 0.0, 0.0
         arithmetic.start(chunk)
+        gram.start(chunk)
         for index in reversed(job.plan.used_checkpoints):
             timings.arithmetic_seconds += watch.lap()
             cpu_seconds = thread_time()
             job.checkpoints[index].read_into(chunk.pieces, arithmetic.input)
             read_cpu_seconds += thread_time() - cpu_seconds
             read_seconds += watch.lap()
+            gram.add(index, np.frombuffer(arithmetic.input, BITS[chunk.dtype]))
             for row in arithmetic.add(index):
                 output, finite = arithmetic.finish(row)
                 if not finite:
@@ -174,5 +186,10 @@ def _thread_nbytes(plan: AveragePlan, chunk_nbytes: int) -> int:
         workspace_nbytes(averaged_nbytes, dtype, output_dtype, plan.recipe.accumulate, plan.rows)
         for dtype, output_dtype in plan.arithmetic_dtypes
     ]
+    n_compared = len(plan.used_checkpoints) if plan.compares else 0
+    compared = [
+        gram_nbytes(averaged_nbytes, dtype, n_compared) for dtype, _ in plan.arithmetic_dtypes
+    ]
     taking = plan.taking_nbytes(chunk_nbytes)
-    return _STACK_NBYTES + max(arithmetic, default=0) + taking + plan.read_scratch_nbytes
+    working = max(arithmetic, default=0) + max(compared, default=0)
+    return _STACK_NBYTES + working + taking + plan.read_scratch_nbytes

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ckptavg.average.chunks import repair_nonfinite, take_chunk
 from ckptavg.average.cuda_arithmetic import CudaArithmetic, torch_dtype, workspace_nbytes
+from ckptavg.average.cuda_gram import CudaGram, gram_nbytes
 from ckptavg.average.floats import bits_view, is_nonfinite
 from ckptavg.average.pinned import PinnedBuffer, pinned_nbytes
 from ckptavg.average.work import (
@@ -39,7 +40,7 @@ from ckptavg.average.work import (
 )
 from ckptavg.blocks import Action, Chunk
 from ckptavg.errors import MemoryBudgetError
-from ckptavg.plan import AveragePlan
+from ckptavg.plan import AveragePlan, gram_table
 from ckptavg.tensors import DType
 
 _CHUNK_NBYTES = 16 * MiB
@@ -71,6 +72,7 @@ def size_cuda_workspace(
     readers = n_threads or min(cpus, _MAX_READERS)
     n_reads = max(1, -(-plan.read_nbytes // chunk_nbytes))
     slots = max(_MIN_SLOTS, min(_MAX_SLOTS, n_reads))
+    table = gram_table(plan)
 
     def host_nbytes() -> int:
         outputs = _n_writers(plan) * pinned_nbytes(_output_nbytes(plan, chunk_nbytes))
@@ -82,9 +84,15 @@ def size_cuda_workspace(
             workspace_nbytes(chunk_nbytes, dtype, output, plan.recipe.accumulate, plan.rows)
             for dtype, output in plan.arithmetic_dtypes
         ]
+        compared = [
+            gram_nbytes(chunk_nbytes, dtype, table.products.shape)
+            for dtype, _ in plan.arithmetic_dtypes
+            if table is not None
+        ]
         outputs = (_n_writers(plan) + _SPARE_OUTPUTS) * _output_nbytes(plan, chunk_nbytes)
         inputs = slots * chunk_nbytes
-        return _FIXED_DEVICE_NBYTES + max(arithmetic, default=0) + inputs + outputs
+        working = max(arithmetic, default=0) + max(compared, default=0)
+        return _FIXED_DEVICE_NBYTES + working + inputs + outputs
 
     def is_too_much() -> bool:
         return host_nbytes() > memory_budget_bytes or device_nbytes() > _MAX_DEVICE_NBYTES
@@ -268,17 +276,20 @@ class _Pipeline:
         torch.cuda.set_stream(self._computing)
         plan = self._job.plan
         arithmetic = CudaArithmetic(plan.rows, plan.recipe.accumulate, self._device)
+        gram = CudaGram(self._job, self._device)
         watch, seconds, number = Stopwatch(), 0.0, 0
         for chunk in self._job.chunks(self._workspace.chunk_nbytes):
             if chunk.action is Action.TAKE:
                 continue
             arithmetic.start(chunk)
+            gram.start(chunk)
             for index in reversed(plan.used_checkpoints):
                 seconds += watch.lap()
                 ready = self._await(number)
                 watch.lap()
                 number += 1
                 self._computing.wait_event(ready.slot.copied)
+                gram.add(index, ready.values)
                 complete = arithmetic.add(ready.values, index)
                 ready.slot.added.record()
                 self._free.put(ready.slot)
@@ -289,6 +300,9 @@ class _Pipeline:
                     arithmetic.finish(row, *output.parts(chunk))
                     output.rounded.record()
                     self._results.put(_Result(output, chunk, row))
+            if not plan.outputs:
+                self._ledger.enter(chunk)
+        gram.finish()
         with self._lock:
             self._timings.arithmetic_seconds += seconds + watch.lap()
         for _ in range(self._n_writers):

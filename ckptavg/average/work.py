@@ -12,6 +12,7 @@ from typing import Generic, Protocol, TypeVar
 
 from ckptavg.blocks import Action, Chunk, Differing
 from ckptavg.checkpoint import Checkpoint
+from ckptavg.geometry import GramTable
 from ckptavg.plan import AveragePlan
 
 MiB = 2**20
@@ -85,6 +86,7 @@ class Job:
         finished: Called once a block is written to all sinks, with what differed in it; from any
             thread, one at a time.
         progress: Called with input bytes done, from one thread at a time.
+        gram: Where inner products of the checkpoints are added, for a plan that compares them.
     """
 
     plan: AveragePlan
@@ -93,6 +95,7 @@ class Job:
     blocks: Sequence[int]
     finished: Callable[[int, Differing], None]
     progress: Progress
+    gram: GramTable | None = None
 
     def chunks(self, max_nbytes: int) -> Iterator[Chunk]:
         """Cut the blocks into chunks; see ``AveragePlan.chunks``."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from ckptavg.batchnorm.collect import BnProgress, Collection
-from ckptavg.batchnorm.layers import find_layers, unwrapped
+from ckptavg.batchnorm.collect import BnProgress, Collection, collect_side_by_side
+from ckptavg.batchnorm.layers import NormLayer, find_layers, unwrapped
 from ckptavg.batchnorm.report import BnConvergence, BnLayerReport, BnReport
 from ckptavg.bn_options import Amp, BnOptions, Estimator, Forward, TrainMode
 from ckptavg.errors import ProcessError, UsageError
@@ -33,6 +33,7 @@ __all__ = [
     "Forward",
     "TrainMode",
     "recompute_bn_stats",
+    "recompute_side_by_side",
     "recompute_together",
     "refuse_together",
     "unwrapped",
@@ -142,9 +143,7 @@ def recompute_together(
     layers, skipped = find_layers(model)
     started = time.perf_counter()
     if not layers:
-        return BnReport(
-            (), 0, 0, skipped, time.perf_counter() - started, estimator=options.estimator
-        )
+        return _nothing_done(skipped, options, started)
     if processes.size > 1 and options.seed is None and not options.data_per_process:
         # they take turns in the same data: it must come in the same order everywhere
         seed = processes.together(lambda: secrets.randbelow(2**63))[0]
@@ -167,6 +166,51 @@ def recompute_together(
             if words["layers"] != list(layers):
                 raise ProcessError("the processes have models with different BatchNorm layers")
             collection.add_words(words)
+    return _report(collection, layers, skipped, options, started, processes.size)
+
+
+def recompute_side_by_side(
+    models: Sequence[nn.Module],
+    batches: Callable[[], Iterable[Any]],
+    options: BnOptions,
+    *,
+    progress: BnProgress | None = None,
+) -> list[BnReport]:
+    """Do what ``recompute_bn_stats`` does for several models, with one load of the data for all.
+
+    Args:
+        models: Of one architecture, on one device; they must not change their inputs.
+        batches: Returns the batches; called once the random numbers are seeded.
+        options: How the passes run.
+        progress: Called with the samples of each batch.
+    """
+    models = [unwrapped(model) for model in models]
+    started = time.perf_counter()
+    found = [find_layers(model) for model in models]
+    if not all(layers for layers, _ in found):
+        return [_nothing_done(skipped, options, started) for _, skipped in found]
+    collections = [Collection(layers, options) for layers, _ in found]
+    collect_side_by_side(list(zip(models, collections, strict=True)), batches, progress)
+    return [
+        _report(collection, layers, skipped, options, started, 1)
+        for collection, (layers, skipped) in zip(collections, found, strict=True)
+    ]
+
+
+def _nothing_done(skipped: dict[str, str], options: BnOptions, started: float) -> BnReport:
+    seconds = time.perf_counter() - started
+    return BnReport((), 0, 0, skipped, seconds, estimator=options.estimator)
+
+
+def _report(
+    collection: Collection,
+    layers: Mapping[str, NormLayer],
+    skipped: dict[str, str],
+    options: BnOptions,
+    started: float,
+    n_processes: int,
+) -> BnReport:
+    """Store what was collected, and tell what that changed."""
     reports = collection.store()
     reached = {report.name for report in reports}
     for name in layers:
@@ -182,7 +226,7 @@ def recompute_together(
         estimator=options.estimator,
         convergence=collection.convergence,
         wait_seconds=collection.wait_seconds,
-        n_processes=processes.size,
+        n_processes=n_processes,
         notes=(*collection.notes, *_what_it_waited_for(collection, seconds)),
         options=options.chosen(),
     )

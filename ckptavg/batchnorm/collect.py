@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -55,69 +56,71 @@ class Collection:
             BatchNormError: If a batch cannot be used, or the device runs out of memory.
             Exception: Whatever the model, the data or ``progress`` raises.
         """
-        device = self._moments.device
-        with ready_for_pass(model, self._layers, self._options):
-            feed = Feed(batches(), device, self._options, rank=rank, size=size)
-            observer = Observer(model, self._layers, self._options, device)
-            try:
-                with observer:
-                    self._go_through(feed, observer, progress)
-                    observer.check_compiled()
-            except torch.OutOfMemoryError as error:
-                raise BatchNormError(
-                    f"{device}: out of memory in batch {feed.n_batches}; use smaller batches, or "
-                    "amp (--amp bfloat16)"
-                ) from error
-            self.copy_seconds = feed.copy_seconds()
-        self.n_batches, self.n_samples = feed.n_batches, feed.n_samples
-        self.wait_seconds = feed.wait_seconds
-        self.notes += observer.notes
-        self._note_convergence()
+        collect_side_by_side([(model, self)], batches, progress, rank=rank, size=size)
 
-    def _go_through(self, feed: Feed, observer: Observer, progress: BnProgress | None) -> None:
-        """Merge every batch once the next one is done too: until then another may join it."""
-        done: tuple[Batch, list[BatchMoments]] | None = None
-        small: tuple[Batch, TooSmallError] | None = None
-        n_joined = 0
-        for batch in feed:
-            n_samples = batch.n_samples
-            if small is not None:
-                batch, n_joined = _join(*small, small[0], batch, feed), n_joined + 1
-                small = None
-            try:
-                seen = observer.observe(batch)
-            except TooSmallError as error:
-                small = batch, error
-            else:
-                if done is not None:
-                    self._merge(*done)
-                done = replace(batch, on_device=None), seen
-            if progress is not None:
-                progress(n_samples or 0)
-            if done is not None and self._has_converged(feed.n_batches):
-                state, amount = self._moments.state(), self._amount
-                self._merge(*done)
-                if self._has_converged(feed.n_batches):  # the newest batch tells nothing else
-                    done = None
-                    break
-                self._moments.restore(state)  # another may join it
-                self._amount = amount
+    def begin(self, model: nn.Module, stack: ExitStack) -> None:
+        """Make a model ready; it is as before when ``stack`` ends."""
+        stack.enter_context(ready_for_pass(model, self._layers, self._options))
+        self._observer = Observer(model, self._layers, self._options, self._moments.device)
+        stack.enter_context(self._observer)
+        self._done: tuple[Batch, list[BatchMoments]] | None = None
+        self._small: tuple[Batch, TooSmallError] | None = None
+        self._n_joined = 0
+        self.is_over = False
+
+    def take(self, batch: Batch, feed: Feed) -> None:
+        """Run the model on a batch, and merge the one before: until then another may join it."""
+        if self._small is not None:
+            batch = _join(*self._small, self._small[0], batch, feed)
+            self._small, self._n_joined = None, self._n_joined + 1
+        try:
+            seen = self._observer.observe(batch)
+        except TooSmallError as error:
+            self._small = batch, error
         else:
-            if self._options.until_converged is not None:
-                self.notes.append(
-                    f"the pass ended before the statistics changed by less than "
-                    f"{self._options.until_converged:g}"
-                )
-        if small is not None:
-            if done is None:
-                raise small[1]
-            batch = _join(*small, done[0], small[0], feed)
-            done, n_joined = (batch, observer.observe(batch)), n_joined + 1
-        if done is not None:
-            self._merge(*done)
-        if n_joined:
-            batches = "batch" if n_joined == 1 else "batches"
-            self.notes.append(f"{n_joined} {batches} too small for a layer joined to a neighbour")
+            if self._done is not None:
+                self._merge(*self._done)
+            self._done = replace(batch, on_device=None), seen
+        if self._done is not None and self._has_converged(feed.n_batches):
+            state, amount = self._moments.state(), self._amount
+            self._merge(*self._done)
+            if self._has_converged(feed.n_batches):  # the newest batch tells nothing else
+                self._done, self.is_over = None, True
+                self.n_batches, self.n_samples = feed.n_batches, feed.n_samples
+                return
+            self._moments.restore(state)  # another may join it
+            self._amount = amount
+
+    def end(self, feed: Feed) -> None:
+        """Merge what is left once there are no more batches, and take over the feed's counts.
+
+        Raises:
+            BatchNormError: If a batch is too small and cannot be joined to another.
+        """
+        if not self.is_over and self._options.until_converged is not None:
+            self.notes.append(
+                f"the pass ended before the statistics changed by less than "
+                f"{self._options.until_converged:g}"
+            )
+        if self._small is not None:
+            if self._done is None:
+                raise self._small[1]
+            batch = _join(*self._small, self._done[0], self._small[0], feed)
+            self._done, self._n_joined = (batch, self._observer.observe(batch)), self._n_joined + 1
+        if self._done is not None:
+            self._merge(*self._done)
+        if self._n_joined:
+            batches = "batch" if self._n_joined == 1 else "batches"
+            self.notes.append(
+                f"{self._n_joined} {batches} too small for a layer joined to a neighbour"
+            )
+        self._observer.check_compiled()
+        self.copy_seconds = feed.copy_seconds()
+        if not self.is_over:
+            self.n_batches, self.n_samples = feed.n_batches, feed.n_samples
+        self.wait_seconds = feed.wait_seconds
+        self.notes += self._observer.notes
+        self._note_convergence()
 
     def _merge(self, batch: Batch, seen: list[BatchMoments]) -> None:
         for one in seen:
@@ -213,6 +216,52 @@ class Collection:
             )
             for layer, (shift, ratio) in changes.items()
         )
+
+
+def collect_side_by_side(
+    collections: Sequence[tuple[nn.Module, Collection]],
+    batches: Makes,
+    progress: BnProgress | None,
+    *,
+    rank: int = 0,
+    size: int = 1,
+) -> None:
+    """Run several models on the same batches, one load of the data for all.
+
+    Args:
+        collections: Models, all on one device, each with what it adds to.
+        batches: Returns the batches; called once the random numbers are seeded.
+        progress: Called with the samples of each batch.
+        rank: Number of this process.
+        size: How many processes take turns in the batches.
+
+    Raises:
+        BatchNormError: If a batch cannot be used, or the device runs out of memory.
+        Exception: Whatever the models, the data or ``progress`` raise.
+    """
+    first = collections[0][1]
+    device, options = first._moments.device, first._options
+    with ExitStack() as stack:
+        for model, collection in collections:
+            collection.begin(model, stack)
+        feed = Feed(batches(), device, options, rank=rank, size=size)
+        going = [collection for _, collection in collections]
+        try:
+            for batch in feed:
+                for collection in going:
+                    collection.take(batch, feed)
+                if progress is not None:
+                    progress(batch.n_samples or 0)
+                going = [collection for collection in going if not collection.is_over]
+                if not going:
+                    break
+            for _, collection in collections:
+                collection.end(feed)
+        except torch.OutOfMemoryError as error:
+            raise BatchNormError(
+                f"{device}: out of memory in batch {feed.n_batches}; use smaller batches, or "
+                "amp (--amp bfloat16)"
+            ) from error
 
 
 def _refuse_nonfinite(new: Mapping[NormLayer, tuple[Tensor, Tensor]]) -> None:

@@ -65,7 +65,7 @@ def ready_for_pass(
             with (
                 _apart(model),
                 _unshared_buffers(model),
-                _channels_last(model, wanted=options.channels_last),
+                convolutions_channels_last(model, wanted=options.channels_last),
             ):
                 yield
     finally:
@@ -160,7 +160,7 @@ def _forward_apart(module: nn.SyncBatchNorm) -> Callable[..., Any]:
 
 
 @contextmanager
-def _channels_last(model: nn.Module, *, wanted: bool) -> Iterator[None]:
+def convolutions_channels_last(model: nn.Module, *, wanted: bool) -> Iterator[None]:
     """Lay weights of convolutions out with channels last; then put the very same tensors back."""
     weights = [
         (parameter, parameter.data)

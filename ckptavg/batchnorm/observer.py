@@ -49,7 +49,7 @@ class Observer:
         self._layers = layers
         self._options = options
         self._device = device
-        self._run = options.forward or _default_forward
+        self._run = options.forward or default_forward
         self._n_samples: int | None = None
         self._pending: dict[str, tuple[float, int, Tensor, Tensor]] = {}
         self._seen: list[BatchMoments] = []
@@ -334,7 +334,12 @@ def _signature(batch: Any) -> Signature | None:
     return None if None in signatures else (*form, *signatures)
 
 
-def _default_forward(model: nn.Module, batch: Any) -> object:
+def default_forward(model: nn.Module, batch: Any) -> object:
+    """Run a model on a batch: a tensor, the first item of a tuple, a mapping as keyword arguments.
+
+    Raises:
+        BatchNormError: If the batch is of another form.
+    """
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, (tuple, list)):

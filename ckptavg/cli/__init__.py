@@ -30,9 +30,15 @@ _COMMANDS = {
     "sweep": "ckptavg.cli.sweep",
     "soup": "ckptavg.cli.soup",
     "tune": "ckptavg.cli.tune",
+    "plane": "ckptavg.cli.plane",
+    "width": "ckptavg.cli.width",
+    "path": "ckptavg.cli.path",
+    "ensemble": "ckptavg.cli.ensemble",
     "inspect": "ckptavg.cli.inspect",
+    "trajectory": "ckptavg.cli.trajectory",
     "push": "ckptavg.cli.push",
     "run": "ckptavg.cli.run_recipe",
+    "report": "ckptavg.cli.report",
     "verify": "ckptavg.cli.verify",
 }
 

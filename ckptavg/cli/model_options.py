@@ -10,12 +10,15 @@ from ckptavg.cli.option_types import KeyValue
 from ckptavg.cli.options import Command, combined
 
 
-def model_options(*, required: bool, compare: str | None) -> Callable[[Command], Command]:
+def model_options(
+    *, required: bool, compare: str | None, writes_models: bool = True
+) -> Callable[[Command], Command]:
     """Return the options that name the user's model and data, and say how the model runs.
 
     Args:
         required: Whether model and data must be given.
         compare: What the flag is called that asks for the comparison; None offers none.
+        writes_models: Whether there are directories for ``--eval-command`` to judge.
     """
     comparing = () if compare is None else _compare_options(compare)
     return combined(
@@ -49,7 +52,7 @@ def model_options(*, required: bool, compare: str | None) -> Callable[[Command],
             "published, for example my_pkg.evals:accuracy.",
         ),
         click.option(
-            "--eval-command", metavar="COMMAND",
+            "--eval-command", metavar="COMMAND", hidden=not writes_models,
             help="Command that judges a model directory and prints a number or JSON on its last "
             "line, for example 'python my_eval.py {model}'.",
         ),

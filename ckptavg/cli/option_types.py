@@ -87,3 +87,24 @@ class StepRange(click.ParamType[tuple[int | None, int | None]]):
             return parse_steps(value)
         except UsageError as error:
             self.fail(str(error), param, ctx)
+
+
+class NumberRange(click.ParamType[tuple[float, float]]):
+    """``A:B``: two numbers, the first the smaller one."""
+
+    name = "a:b"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, float]:
+        """Return both."""
+        if isinstance(value, tuple):
+            return value
+        first, _, last = value.partition(":")
+        try:
+            low, high = float(first), float(last)
+        except ValueError:
+            self.fail(f"'{value}' is not of the form A:B, such as 0:1", param, ctx)
+        if not -float("inf") < low < high < float("inf"):
+            self.fail(f"'{value}': expected the smaller number first", param, ctx)
+        return low, high

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-_UNITS = {"average": "B"}
+_UNITS = {
+    "average": "B",
+    "compare": "B",
+    "load": "checkpoint",
+    **dict.fromkeys(("plane", "width", "path"), "point"),
+    "ensemble": "model",
+    "distances": "checkpoint",
+}
 
 
 class ProgressBars:

@@ -32,6 +32,7 @@ from ckptavg.recipe_file import (
 )
 from ckptavg.toml_text import toml_text
 
+_NOT_RUN = ("run", "report")  # though they have an output
 _HEADER = "# Written by ckptavg --save-recipe; run it with: ckptavg run {name}\n\n"
 
 save_recipe_option: Callable[[Command], Command] = click.option(
@@ -67,7 +68,7 @@ def recipe_command(
     runnable = {
         name: one
         for name, one in commands.items()
-        if one is not None and name != "run" and "output" in options_of(one)
+        if one is not None and name not in _NOT_RUN and "output" in options_of(one)
     }
     name = recipe.get("command", DEFAULT_COMMAND)
     if name not in runnable:

@@ -14,6 +14,7 @@ from ckptavg.eval_command import EvalCommand
 from ckptavg.recipe_file import argument_entry
 
 if TYPE_CHECKING:
+    from ckptavg.evaluate import Evaluate
     from ckptavg.results import BnPass
 
 Arguments = Sequence[tuple[str, Any]]
@@ -52,6 +53,7 @@ def load_bn_pass(
     forward_name: str | None,
     eval_name: str | None = None,
     eval_command: str | None = None,
+    judged_by: "Callable[[Evaluate | None], Evaluate] | None" = None,
     **options: Any,
 ) -> "BnPass | None":
     """Build the BatchNorm pass and the evaluation that the options ask for; None if they do not.
@@ -64,6 +66,7 @@ def load_bn_pass(
         forward_name: Likewise.
         eval_name: Likewise.
         eval_command: Likewise.
+        judged_by: Makes the evaluation of that of ``--eval``, or without it.
         options: Further attributes of ``BnPass``.
 
     Raises:
@@ -74,7 +77,8 @@ def load_bn_pass(
 
     if eval_name is not None and eval_command is not None:
         raise click.UsageError("--eval and --eval-command exclude each other")
-    if (data_name is None) != (model_name is None) and not (model_name and eval_name):
+    is_judged = eval_name is not None or judged_by is not None
+    if (data_name is None) != (model_name is None) and not (model_name and is_judged):
         raise click.UsageError("--model and --data belong together: the BatchNorm pass needs both")
     if data_name is None:
         needs = "--data" if model_name is not None else "--model and --data"
@@ -86,7 +90,9 @@ def load_bn_pass(
                 raise click.UsageError(f"{_FLAGS.get(name, _flag(name))} needs {needed}")
     if model_name is None and eval_command is None:
         return None
-    evaluate: Any = _function(eval_name, "--eval")
+    evaluate: Any = load_function(eval_name, "--eval")
+    if judged_by is not None:
+        evaluate = judged_by(evaluate)
     return BnPass(
         model=None if model_name is None else _model(model_name, model_arguments),
         batches=None if data_name is None else _batches(data_name, data_arguments),
@@ -97,20 +103,30 @@ def load_bn_pass(
             ("eval", eval_name, ()),
             ("eval-command", eval_command, ()),
         ),
-        forward=_function(forward_name, "--forward"),
+        forward=load_function(forward_name, "--forward"),
         evaluate=evaluate if eval_command is None else EvalCommand(eval_command),
         **options,
     )
 
 
-def _batches(name: str, arguments: Arguments) -> Any:
-    batches = load_thing(name, "--data")
-    if callable(batches) and not isinstance(batches, Iterable):
-        return partial(batches, **dict(arguments))
-    if not isinstance(batches, Iterable):
+def load_batches(name: str, option: str) -> Any:
+    """Import an iterable of batches, or a function that returns one.
+
+    Raises:
+        ModelError: If it cannot be imported, or is neither.
+    """
+    batches = load_thing(name, option)
+    if not callable(batches) and not isinstance(batches, Iterable):
         raise ModelError(
-            f"--data {name}: is a {type(batches).__name__}, expected an iterable of batches"
+            f"{option} {name}: is a {type(batches).__name__}, expected an iterable of batches"
         )
+    return batches
+
+
+def _batches(name: str, arguments: Arguments) -> Any:
+    batches = load_batches(name, "--data")
+    if not isinstance(batches, Iterable):
+        return partial(batches, **dict(arguments))
     if arguments:
         raise click.UsageError(f"--data-arg: {name} is an iterable already, not a factory")
     return batches
@@ -143,7 +159,12 @@ def _model(name: str, arguments: Arguments) -> Any:
     return partial(model, **dict(arguments))
 
 
-def _function(name: str | None, option: str) -> Callable[..., Any] | None:
+def load_function(name: str | None, option: str) -> Callable[..., Any] | None:
+    """Import a function; None where none is named.
+
+    Raises:
+        ModelError: If it cannot be imported, or is none.
+    """
     if name is None:
         return None
     function = load_thing(name, option)

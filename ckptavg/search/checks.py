@@ -1,7 +1,6 @@
 """What every search asks for before it begins."""
 
 from ckptavg.errors import UsageError
-from ckptavg.processes import started_by_torchrun
 from ckptavg.results import BnPass
 
 
@@ -25,13 +24,3 @@ def check_search(what: str, evaluation: BnPass | None, *, plot: bool) -> BnPass:
 
         require_matplotlib()
     return evaluation
-
-
-def check_alone(what: str, *, distributed: bool) -> None:
-    """Refuse several processes.
-
-    Raises:
-        UsageError: If there are, or are to be, several.
-    """
-    if distributed or started_by_torchrun():
-        raise UsageError(f"{what} is made by one process: leave torchrun out")

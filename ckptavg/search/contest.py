@@ -7,13 +7,13 @@ from typing import Literal
 from ckptavg.bn_pass import BnOutcome
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.eval_command import EvalCommand
+from ckptavg.evaluation_log import EvaluationLog
 from ckptavg.live_model import check_repeatable
 from ckptavg.metrics import Judge
 from ckptavg.output import OutputDirectory
 from ckptavg.prepare import Prepared
 from ckptavg.processes import Processes
 from ckptavg.results import BnPass, Progress, SweepRow
-from ckptavg.search.evaluation_log import EvaluationLog
 from ckptavg.steps import add_indexes, complete, put_statistics, recompute_statistics, stage_of
 
 Metrics = Mapping[str, float]

@@ -14,17 +14,17 @@ from ckptavg.average.work import Timings
 from ckptavg.average_options import AverageOptions, Request
 from ckptavg.blocks import Differing
 from ckptavg.errors import UsageError
+from ckptavg.evaluation_log import judge_text
 from ckptavg.live_model import check_repeatable
 from ckptavg.metrics import Judge, Mode
 from ckptavg.output import OutputDirectory
 from ckptavg.prepare import Prepared
-from ckptavg.processes import Processes
+from ckptavg.processes import Processes, check_alone
 from ckptavg.provenance import weight_file_metadata
 from ckptavg.results import BnPass, SoupResult
 from ckptavg.schemes import Scheme
 from ckptavg.scratch import Scratch
-from ckptavg.search.checks import check_alone, check_search
-from ckptavg.search.evaluation_log import judge_text
+from ckptavg.search.checks import check_search
 from ckptavg.search.evidence import soup_files
 from ckptavg.search.kitchen import Kitchen, copy_taken, plan_of
 from ckptavg.search.pot import Pot

@@ -16,6 +16,7 @@ from ckptavg.average_options import AverageOptions, Request
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.destination import existing_parent
 from ckptavg.errors import ModelError, UsageError
+from ckptavg.evaluation_log import EvaluationLog, judge_text
 from ckptavg.journal import EVALUATIONS_NAME
 from ckptavg.metrics import Judge, Mode
 from ckptavg.output import OutputDirectory
@@ -28,7 +29,6 @@ from ckptavg.results import BnPass, SweepResult, SweepRow
 from ckptavg.schemes import Scheme
 from ckptavg.search.checks import check_search
 from ckptavg.search.contest import Contest
-from ckptavg.search.evaluation_log import EvaluationLog, judge_text
 from ckptavg.search.evidence import sweep_files, told_rows, verdict
 from ckptavg.sources import SingleCheckpoint, Source
 from ckptavg.steps import (

@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 
 from ckptavg.average_options import AverageOptions, Request
 from ckptavg.errors import UsageError
+from ckptavg.evaluation_log import judge_text
 from ckptavg.metrics import Judge, Mode
 from ckptavg.plan import AveragePlan
 from ckptavg.prepare import prepared_average
+from ckptavg.processes import check_alone
 from ckptavg.results import BnPass, SweepRow, Trial, TuneResult
 from ckptavg.schemes import Scheme
 from ckptavg.scratch import Scratch
-from ckptavg.search.checks import check_alone, check_search
-from ckptavg.search.evaluation_log import judge_text
+from ckptavg.search.checks import check_search
 from ckptavg.search.evidence import tune_files
 from ckptavg.search.sweep import contested
 from ckptavg.sources import Source

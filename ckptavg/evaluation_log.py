@@ -83,6 +83,24 @@ def judge_text(evaluation: BnPass) -> str | None:
             told += [evaluation.names[option], evaluation.names.get(f"{option}-args")]
         elif (name := importable_name(thing)) is not None:
             told.append(name)
+        elif option == "eval" and (names := _names_of_loaders(thing)) is not None:
+            told += names
         else:
             return None
     return hashlib.sha256(repr(told).encode("utf-8", "surrogatepass")).hexdigest()  # no tokens
+
+
+def _names_of_loaders(evaluation: object) -> list[object] | None:
+    """Return what tells an evaluation on loaders from another; None where names do not."""
+    from ckptavg.labelled import LabelledEvaluation  # imports torch
+
+    if not isinstance(evaluation, LabelledEvaluation):
+        return None
+    told: list[object] = [evaluation.amp, evaluation.channels_last, evaluation.weight_decay]
+    loaders = {f"loader {loader.name}": loader.batches for loader in evaluation.loaders}
+    for what, thing in {**loaders, "forward": evaluation.forward, "eval": evaluation.also}.items():
+        name = None if thing is None else importable_name(thing)
+        if name is None and thing is not None:
+            return None
+        told += [what, name]
+    return told
