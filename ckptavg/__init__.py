@@ -12,6 +12,7 @@ from ckptavg._version import __version__
 if TYPE_CHECKING:
     from ckptavg.batchnorm import BnConvergence, BnLayerReport, BnReport, recompute_bn_stats
     from ckptavg.checkpoint import Checkpoint, open_checkpoint
+    from ckptavg.comparing import trajectory
     from ckptavg.derived import AdapterReport
     from ckptavg.ensemble_results import EnsembleResult
     from ckptavg.errors import (
@@ -33,8 +34,13 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from ckptavg.eval_command import EvalCommand
+    from ckptavg.geometry import LayerDrift, TrajectoryPoint, TrajectoryResult
     from ckptavg.labelled import LabelledEvaluation, Loader
     from ckptavg.landscape.ensemble import ensemble
+    from ckptavg.landscape.path import path
+    from ckptavg.landscape.plane import plane
+    from ckptavg.landscape.width import width
+    from ckptavg.landscape_results import Mark, PathResult, PlaneResult, Ray, Segment, WidthResult
     from ckptavg.model_zoo import ModelFromConfig, model_from
     from ckptavg.pipeline import (
         average_checkpoints,
@@ -95,15 +101,20 @@ _HOME = {
     "IncompatibleCheckpointsError": "errors",
     "IncompleteCheckpointError": "errors",
     "LabelledEvaluation": "labelled",
+    "LayerDrift": "geometry",
     "Loader": "labelled",
+    "Mark": "landscape_results",
     "MemoryBudgetError": "errors",
     "ModelError": "errors",
     "ModelFromConfig": "model_zoo",
     "OutputError": "errors",
     "OutputResult": "results",
+    "PathResult": "landscape_results",
+    "PlaneResult": "landscape_results",
     "ProcessEndedError": "errors",
     "ProcessError": "errors",
     "PushResult": "tensors",
+    "Ray": "landscape_results",
     "Recipe": "recipe",
     "ReportError": "errors",
     "ReportResult": "report",
@@ -112,6 +123,7 @@ _HOME = {
     "RunInfo": "results",
     "Scheme": "schemes",
     "SchemeKind": "schemes",
+    "Segment": "landscape_results",
     "Selection": "selection",
     "SoupResult": "results",
     "SoupStep": "results",
@@ -120,6 +132,8 @@ _HOME = {
     "SweepResult": "results",
     "SweepRow": "results",
     "TensorDifference": "rerun",
+    "TrajectoryPoint": "geometry",
+    "TrajectoryResult": "geometry",
     "Trial": "results",
     "TuneResult": "results",
     "UsageError": "errors",
@@ -127,6 +141,7 @@ _HOME = {
     "VerifiedFile": "verify",
     "VerifiedSource": "verify",
     "VerifyResult": "verify",
+    "WidthResult": "landscape_results",
     "average_checkpoints": "pipeline",
     "ensemble": "landscape.ensemble",
     "greedy_soup": "search.soup",
@@ -138,13 +153,17 @@ _HOME = {
     "open_checkpoint": "checkpoint",
     "parse_scheme": "schemes",
     "parse_schemes": "schemes",
+    "path": "landscape.path",
     "plan_average": "plan",
+    "plane": "landscape.plane",
     "push_model": "pipeline",
     "recompute_bn": "pipeline",
     "recompute_bn_stats": "batchnorm",
     "sweep": "search.sweep",
+    "trajectory": "comparing",
     "tune": "search.tune",
     "verify_output": "verify",
+    "width": "landscape.width",
     "write_report": "report",
 }
 
@@ -170,15 +189,20 @@ __all__ = [
     "IncompatibleCheckpointsError",
     "IncompleteCheckpointError",
     "LabelledEvaluation",
+    "LayerDrift",
     "Loader",
+    "Mark",
     "MemoryBudgetError",
     "ModelError",
     "ModelFromConfig",
     "OutputError",
     "OutputResult",
+    "PathResult",
+    "PlaneResult",
     "ProcessEndedError",
     "ProcessError",
     "PushResult",
+    "Ray",
     "Recipe",
     "ReportError",
     "ReportResult",
@@ -187,6 +211,7 @@ __all__ = [
     "RunInfo",
     "Scheme",
     "SchemeKind",
+    "Segment",
     "Selection",
     "SoupResult",
     "SoupStep",
@@ -195,6 +220,8 @@ __all__ = [
     "SweepResult",
     "SweepRow",
     "TensorDifference",
+    "TrajectoryPoint",
+    "TrajectoryResult",
     "Trial",
     "TuneResult",
     "UsageError",
@@ -202,6 +229,7 @@ __all__ = [
     "VerifiedFile",
     "VerifiedSource",
     "VerifyResult",
+    "WidthResult",
     "__version__",
     "average_checkpoints",
     "ensemble",
@@ -214,13 +242,17 @@ __all__ = [
     "open_checkpoint",
     "parse_scheme",
     "parse_schemes",
+    "path",
     "plan_average",
+    "plane",
     "push_model",
     "recompute_bn",
     "recompute_bn_stats",
     "sweep",
+    "trajectory",
     "tune",
     "verify_output",
+    "width",
     "write_report",
 ]
 

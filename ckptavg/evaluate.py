@@ -16,26 +16,31 @@ from ckptavg.errors import ModelError
 Evaluate = Callable[[nn.Module], "float | Mapping[str, float]"]
 
 
-def evaluated(model: nn.Module, evaluate: Evaluate) -> dict[str, float]:
+def evaluated(model: nn.Module, evaluate: Evaluate, *, seed: int | None = None) -> dict[str, float]:
     """Return what ``evaluate`` says of a model, by the names of its metrics; one is ``metric``.
 
     It runs in evaluation mode and without gradients. It may shuffle, sample or train: modes,
     buffers and random states are restored.
 
+    Args:
+        model: With its weights.
+        evaluate: The user's function.
+        seed: Seeds Python's, numpy's and torch's random numbers meanwhile; None leaves them.
+
     Raises:
         ModelError: If it returns anything but a number, or several by name.
         Exception: Whatever it raises.
     """
-    with evaluation_state([model]):
+    with evaluation_state([model], seed):
         value = evaluate(model)
     return checked_metrics(value)
 
 
 @contextmanager
-def evaluation_state(models: Sequence[nn.Module]) -> Iterator[None]:
+def evaluation_state(models: Sequence[nn.Module], seed: int | None) -> Iterator[None]:
     """Put models into evaluation mode, without gradients; restore what evaluations may change."""
     with ExitStack() as stack:
-        stack.enter_context(random_state_kept(None))
+        stack.enter_context(random_state_kept(seed))
         stack.enter_context(torch.no_grad())
         for model in models:
             stack.enter_context(modes_kept(model))

@@ -1,6 +1,7 @@
 """What was measured, as files for people and programs: JSON, CSV, and pictures beside them."""
 
 import csv
+import errno
 import io
 import os
 import re
@@ -22,7 +23,8 @@ from ckptavg.errors import OutputError, without_token
 from ckptavg.provenance import json_text
 
 FORMAT_VERSION = 1
-_EVIDENCE_FILE = re.compile(r"(trajectory|plane|width|path|ensemble)[\w.+-]*\.(json|csv|png|svg)")
+_EVIDENCE_FILE = re.compile(r"(trajectory|plane|width|path|ensemble)\.(json|csv|png|svg)")
+_NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL)  # by the file system: renames with flags
 
 
 def data_files(
@@ -73,8 +75,13 @@ def evidence(
     }
 
 
-def check_evidence_destination(output: Path, *, overwrite: bool) -> None:
+def check_evidence_destination(output: Path, *, overwrite: bool, kind: str | None = None) -> None:
     """Refuse a directory that cannot or must not be written.
+
+    Args:
+        output: The directory.
+        overwrite: Whether one with such files may be replaced.
+        kind: Which command's files those may be; None for any.
 
     Raises:
         OutputError: If it exists and may not be replaced, or cannot be made.
@@ -84,10 +91,15 @@ def check_evidence_destination(output: Path, *, overwrite: bool) -> None:
             raise OutputError(f"{output}: already exists; pass --overwrite to replace it")
         if not output.is_dir() or output.is_symlink():
             raise OutputError(f"{output}: is not a directory; --overwrite replaces directories")
-        for entry in sorted(output.iterdir()):
-            if not _EVIDENCE_FILE.fullmatch(entry.name):
+        try:
+            names = sorted(entry.name for entry in output.iterdir())
+        except OSError as error:
+            raise OutputError(f"{output}: cannot be read: {error.strerror}") from error
+        for name in names:
+            found = _EVIDENCE_FILE.fullmatch(name)
+            if found is None or found[1] != (kind or found[1]):
                 raise OutputError(
-                    f"{output}: also holds '{entry.name}'; --overwrite replaces nothing but what "
+                    f"{output}: also holds '{name}'; --overwrite replaces nothing but what "
                     "this command writes: remove it yourself, or choose another output"
                 )
     parent = next(one for one in Path(os.path.abspath(output)).parents if one.exists())
@@ -103,7 +115,8 @@ def publish_evidence(output: Path, files: Mapping[str, bytes], *, overwrite: boo
     Raises:
         OutputError: If it exists and may not be replaced, or the storage refuses.
     """
-    check_evidence_destination(output, overwrite=overwrite)
+    kind = next(iter(files)).partition(".")[0]
+    check_evidence_destination(output, overwrite=overwrite, kind=kind)
     target = Path(os.path.abspath(output))
     made: list[Path] = []
     partial: Path | None = None
@@ -117,8 +130,7 @@ def publish_evidence(output: Path, files: Mapping[str, bytes], *, overwrite: boo
                 file.flush()
                 os.fsync(file.fileno())
         sync_directory(partial)
-        exists = os.path.lexists(target)
-        rename(partial, target, RENAME_EXCHANGE if exists else RENAME_NOREPLACE)
+        _put_in_place(partial, target)
         sync_directory(target.parent)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
@@ -127,6 +139,27 @@ def publish_evidence(output: Path, files: Mapping[str, bytes], *, overwrite: boo
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)  # after an exchange: what was there before
         remove_empty(made)
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    """Let a directory appear under its name; one that was there takes its name, in one step."""
+    exists = os.path.lexists(target)
+    try:
+        rename(partial, target, RENAME_EXCHANGE if exists else RENAME_NOREPLACE)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+        if exists:  # in two steps
+            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+            target.rename(aside)
+            try:
+                partial.rename(target)
+            except BaseException:
+                aside.rename(target)
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            partial.rename(target)
 
 
 def _umask() -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ckptavg.batchnorm.batches import Batch, Feed
-from ckptavg.batchnorm.kept import convolutions_channels_last
+from ckptavg.batchnorm.kept import convolutions_channels_last, random_state_kept
 from ckptavg.batchnorm.observer import default_forward
 from ckptavg.bn_options import Amp, BnOptions, Forward
 from ckptavg.errors import ModelError, UsageError
@@ -163,7 +163,8 @@ class LabelledEvaluation:
         """Return metrics with those of the further evaluation, if there is one."""
         if self.also is None:
             return metrics
-        value = self.also(model)
+        with random_state_kept(None):  # the next model finds the same
+            value = self.also(model)
         others: Mapping[str, Any] = value if isinstance(value, Mapping) else {"metric": value}
         for name in others:
             if name in metrics:

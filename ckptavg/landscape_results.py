@@ -134,7 +134,7 @@ class Segment:
         metrics: Metric -> values at each t.
         barriers: Metric -> the largest excess between the ends over the straight line between their
             values (Frankle et al. 2020, "Linear Mode Connectivity and the Lottery Ticket
-            Hypothesis"); negative where all between is better.
+            Hypothesis"); negative where all between is better, NaN where there is no number.
     """
 
     start: str

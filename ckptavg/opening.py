@@ -57,7 +57,7 @@ def opened_in_order(
     hub = HubAccess(cache=cache, connections=n_threads)
     opened: list[Checkpoint] = []
     notes: list[str] = []
-    if sources:
+    if sources or not further:
         with telling_what_was_fetched(hub):
             opened, notes = open_sources(sources, state_key=state_key, hub=hub, selection=selection)
     try:
@@ -70,7 +70,8 @@ def opened_in_order(
             checkpoints, naming_notes = normalise_names(in_order, strip_prefixes)
             notes += naming_notes
         for source in further:
-            opened.append(open_source(source, state_key=state_key, hub=hub))
+            with telling_what_was_fetched(hub):
+                opened.append(open_source(source, state_key=state_key, hub=hub))
             there = [one for one in strip_prefixes if _begins(opened[-1], one)]
             renamed, naming_notes = normalise_names(opened[-1:], there)
             checkpoints += renamed

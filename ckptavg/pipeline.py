@@ -11,10 +11,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from ckptavg._version import __version__
 from ckptavg.average import DEFAULT_MEMORY_BUDGET_BYTES
+from ckptavg.comparing import compared_along, trajectory_notes
 from ckptavg.cycles import Recorded
 from ckptavg.errors import UsageError
 from ckptavg.gathering import find_run_of, open_source
@@ -91,6 +93,7 @@ def average_checkpoints(
     overwrite: bool = False,
     include_code: bool = True,
     cache: bool = False,
+    check_trajectory: bool = False,
     distributed: bool = False,
     planned: Callable[[AveragePlan], None] | None = None,
     progress: Progress | None = None,
@@ -150,6 +153,8 @@ def average_checkpoints(
         cache: Keep what comes from the Hub in the cache of huggingface_hub; else the bytes are
             streamed and stored nowhere.
         include_code: Copy ``*.py`` files of the model directory; they are never run.
+        check_trajectory: Compare the checkpoints with each other along the way, from the same read,
+            and say whether they are one trajectory; see ``trajectory``.
         distributed: Share the work with the other processes that torchrun started; all of them
             call this with the same arguments, and see the same file system.
         planned: Called with the plan once everything is decided, before any tensor is read.
@@ -204,6 +209,7 @@ def average_checkpoints(
             include_code=include_code,
             batchnorm=batchnorm,
             cache=cache,
+            compare=check_trajectory,
         )  # fmt: skip
         plan = prepared.plan
         if planned is not None:
@@ -220,10 +226,11 @@ def average_checkpoints(
         averaging = time.perf_counter()
         averaged = average_together(processes, prepared, directory, before, progress)
         average_seconds = time.perf_counter() - averaging
+        compared = compared_along(averaged.gram, plan, prepared.workspace.device, average_seconds)
         outcomes = recompute_statistics(processes, prepared, directory, batchnorm, progress)
         notes = (
             *plan.notes, *prepared.notes, *directory.notes, *averaged.notes,
-            *outcome_notes(outcomes),
+            *trajectory_notes(compared, before), *outcome_notes(outcomes),
         )  # fmt: skip
         processes.first(lambda: complete_all(prepared, directory))
         outcomes = evaluate_by_command(processes, batchnorm, directory, outcomes)
@@ -232,7 +239,7 @@ def average_checkpoints(
             lambda: finish(prepared, directory, averaged, list(notes), outcomes, command)
         )
         publish_seconds = time.perf_counter() - publishing
-    return result_of(
+    result = result_of(
         processes, prepared, averaged, outcomes, output,
         before=before,
         clock=Clock(
@@ -240,6 +247,7 @@ def average_checkpoints(
         ),
         notes=notes,
     )  # fmt: skip
+    return result if compared is None else replace(result, trajectory=compared.result())
 
 
 def recompute_bn(

@@ -316,9 +316,13 @@ def gram_table(plan: AveragePlan) -> GramTable | None:
     """
     if not plan.compares:
         return None
-    averaged = plan.with_action(Action.AVERAGE)
-    weights = (one for one in averaged if not is_batchnorm_statistic(one.name))
-    return GramTable(((one.name, one.info.shape) for one in weights), plan.used_checkpoints)
+    shapes = {one.name: one.info.shape for one in plan.with_action(Action.AVERAGE)}
+    weights = [
+        (name, shapes[name])
+        for name in plan.names
+        if name in shapes and not is_batchnorm_statistic(name)
+    ]
+    return GramTable(weights, plan.used_checkpoints)
 
 
 def plan_comparison(checkpoints: Sequence[Checkpoint], *, notes: Sequence[str]) -> AveragePlan:

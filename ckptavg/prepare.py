@@ -107,11 +107,13 @@ def prepared_average(
     include_code: bool = True,
     batchnorm: BnPass | None = None,
     cache: bool = False,
+    compare: bool = False,
     processes: Processes | None = None,
 ) -> Iterator[Prepared]:
     """Open the sources, decide everything from headers, and close them at the end.
 
-    Args as in ``average_checkpoints``; explicit coefficients follow the order of the sources.
+    Args as in ``average_checkpoints``; explicit coefficients follow the order of the sources, and
+    ``compare`` computes inner products of the checkpoints along.
     """
     processes = processes or Processes()
     for name, value in (
@@ -146,6 +148,7 @@ def prepared_average(
                 output_format=output_format,
                 notes=notes,
             )
+        plan = replace(plan, compares=compare and len(plan.used_checkpoints) > 1)
         runs_model = batchnorm is not None and batchnorm.model is not None
         if runs_model and plan.derived.adapter is not None:
             raise UsageError(

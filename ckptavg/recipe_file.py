@@ -27,6 +27,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     "averaging": (
         "scheme", "coefficients", "accumulate", "dtype", "buffers", "allow-nonfinite",
         "adapter-rank", "adapter-factors", "state-key", "strip-prefix", "keep-prefix",
+        "check-trajectory",
     ),
     "model": (
         "model", "model-arg", "data", "data-arg", "forward", "eval", "eval-command", "compare",
@@ -35,6 +36,10 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
         "data-per-process",
     ),
     "search": ("no-singles", "keep", "plot", "trials", "search-seed"),
+    "landscape": (
+        "loader", "weight-decay", "through", "mark", "points", "margin", "directions", "rays",
+        "distance", "relative", "ray-seed", "t", "members", "order", "no-plot",
+    ),
     "machine": ("device", "memory", "io-threads", "cache"),
     "output": ("output", "overwrite", "output-format", "max-shard-size", "no-code"),
     "push": ("push", "private", "card"),

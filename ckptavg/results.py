@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # importing torch takes longer than averaging most models
     from ckptavg.batchnorm import BnReport
     from ckptavg.derived import AdapterReport
     from ckptavg.evaluate import Evaluate
+    from ckptavg.geometry import TrajectoryResult
     from ckptavg.model_zoo import ModelFromConfig
 
 Progress = Callable[[str, int, int | None], None]  # stage, done since the last call, total
@@ -174,6 +175,7 @@ class AverageResult:
         peak_host_bytes: Largest resident memory of a process; None where it cannot be told.
         peak_device_bytes: Largest memory allocated on a CUDA device; None on a CPU.
         notes: What the user should know.
+        trajectory: How the checkpoints lie to each other; None unless asked for.
     """
 
     output: Path
@@ -191,6 +193,7 @@ class AverageResult:
     peak_host_bytes: int | None
     peak_device_bytes: int | None
     notes: tuple[str, ...]
+    trajectory: TrajectoryResult | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,10 @@ from ckptavg.derive import derive
 from ckptavg.derived import AdapterReport, Deviation, adapter_report, report_note
 from ckptavg.errors import ProcessError
 from ckptavg.eval_command import EvalCommand
+from ckptavg.geometry import GramTable
 from ckptavg.memory import peak_device_bytes, peak_host_bytes
 from ckptavg.output import OutputDirectory
+from ckptavg.plan import gram_table
 from ckptavg.prepare import Prepared, prepared_average
 from ckptavg.processes import Processes
 from ckptavg.provenance import provenance
@@ -43,6 +45,7 @@ class Averaged:
     differing: list[list[str]]  # for each output, in its order
     adapters: list[AdapterReport | None]  # likewise
     timings: Timings
+    gram: GramTable | None = None  # inner products, where the plan compares checkpoints
 
     @property
     def notes(self) -> list[str]:
@@ -99,6 +102,7 @@ def average_together(
     blocks = processes.share(sorted(set(range(len(plan.blocks))) - set(before)))
     derived_nbytes = plan.derived_read_nbytes if processes.rank == 0 else 0
     report = stage_of(progress, "average", plan.read_nbytes_of(blocks) + derived_nbytes)
+    gram = gram_table(plan)
 
     def advance(done: int) -> None:
         report(done)
@@ -113,6 +117,7 @@ def average_together(
                 blocks=blocks,
                 finished=directory.finish_block,
                 progress=advance,
+                gram=gram,
             ),
             prepared.workspace,
         )
@@ -129,11 +134,14 @@ def average_together(
             directory.sync()
         found = sorted(set().union(*directory.finished.values()))
         seconds = [timings.read_seconds, timings.arithmetic_seconds, timings.write_seconds]
-        return [found, seconds, deviations]
+        return [found, seconds, deviations, None if gram is None else gram.to_words()]
 
     timings, found = Timings(), set[tuple[int, str]]()
     done = processes.together(work)
-    for differing, seconds, _ in done:
+    together = gram_table(plan)
+    for differing, seconds, _, products in done:
+        if together is not None:
+            together.add_words(products)
         timings.add(Timings(*seconds), share=1 / processes.size)
         found.update((row, name) for row, name in differing)
     adapter = plan.derived.adapter
@@ -147,6 +155,7 @@ def average_together(
             for row in range(len(plan.outputs))
         ],
         timings=timings,
+        gram=together,
     )
 
 

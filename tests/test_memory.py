@@ -45,6 +45,7 @@ assert options["device"] == "cuda" or "torch" not in sys.modules
 recipe = Recipe(
     schemes=chosen_schemes(options.pop("schemes", ()), None), dtype=options.pop("dtype", "same")
 )
+options["compare"] = options.pop("check_trajectory", False)
 with prepared_average(sources, output, recipe, overwrite=True, **options) as prepared:
     workspace = prepared.workspace
 print(json.dumps([
@@ -172,6 +173,31 @@ def test_the_plan_tells_the_memory_that_a_run_takes(
     assert found.host_nbytes <= 512 * 2**20
     if found.device_nbytes is not None:
         assert found.device_nbytes == pytest.approx(found.promised_device_nbytes, rel=0.1)
+        assert found.device_nbytes <= 2**30
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_checkpoints_are_compared_within_the_budget(
+    checkpoints: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    found = measured(
+        checkpoints["safetensors"], tmp_path / "out", check_trajectory=True,
+        memory_budget_bytes=BUDGET_MB * MB,
+    )  # fmt: skip
+    assert found.host_nbytes <= found.promised_max_host_nbytes <= BUDGET_MB * MB
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_the_plan_tells_the_memory_that_a_comparison_takes(
+    checkpoints: dict[str, list[Path]], tmp_path: Path, device: str
+) -> None:
+    found = measured(
+        checkpoints["safetensors"][:8], tmp_path / "out",
+        check_trajectory=True, device=device, n_threads=2 if device == "cpu" else None,
+    )  # fmt: skip
+    assert found.host_nbytes == pytest.approx(found.promised_host_nbytes, rel=0.1, abs=4 * MB)
+    if found.device_nbytes is not None:
+        assert found.device_nbytes <= 1.02 * found.promised_device_nbytes
         assert found.device_nbytes <= 2**30
 
 

@@ -188,8 +188,8 @@ def test_a_recipe_run_twice_gives_the_same_bits(
          "[averaging]: 'schme' is not known; did you mean 'scheme'?"),
         ("[averging]\ndtype = 'same'", "[averging] is not known; did you mean [averaging]?"),
         ("[zzz]\nx = 1",
-         "[zzz] is not known; there are [selection], [averaging], [model], [search], [machine], "
-         "[output], [push]"),
+         "[zzz] is not known; there are [selection], [averaging], [model], [search], "
+         "[landscape], [machine], [output], [push]"),
         ("source = 'runs'", "'source' is not known; did you mean 'sources'?"),
         ("dtype = 'same'", "'dtype' belongs into [averaging]"),
         ("[output]\nschemes = ['uniform']", "[output]: 'schemes' belongs into [averaging]"),

@@ -3,6 +3,7 @@
 It never imports torch: importing that takes longer than averaging most models.
 """
 
+import math
 from threading import Lock, Semaphore
 from time import thread_time
 
@@ -10,7 +11,6 @@ import numpy as np
 
 from ckptavg.average.buffers import Buffers
 from ckptavg.average.chunks import repair_nonfinite, take_chunk
-from ckptavg.average.floats import BITS
 from ckptavg.average.gram import Gram, gram_nbytes
 from ckptavg.average.numpy_arithmetic import NumpyArithmetic, workspace_nbytes
 from ckptavg.average.work import (
@@ -26,7 +26,7 @@ from ckptavg.average.work import (
 )
 from ckptavg.blocks import Action, Chunk
 from ckptavg.errors import MemoryBudgetError
-from ckptavg.plan import AveragePlan
+from ckptavg.plan import AveragePlan, gram_table
 
 _CHUNK_NBYTES = 1 * MiB  # input, sums and output stay in the caches
 _FEW_THREADS = 4  # more of them get larger chunks: they would wait for Python's lock too often
@@ -36,6 +36,7 @@ _MAX_THREADS = 8  # more gain nothing, for the same reason
 _MAX_WAITING_THREADS = 16
 FIXED_NBYTES = 8_000 * 1024  # code, threads, headers and plan of a usual model
 _RANDOM_NBYTES = 1_800 * 1024  # numpy's random numbers, which are loaded where they are drawn
+_PRODUCTS_NBYTES = 2_000 * 1024  # what numpy multiplies matrices with
 _STACK_NBYTES = 256 * 1024  # of a thread: its stack, its arena
 _TRIAL_SECONDS = 0.25  # of reading, after which it is clear whether it waits for the storage
 
@@ -54,8 +55,11 @@ def size_cpu_workspace(
         chunk_nbytes = min(chunk_nbytes, _STACK_OF_CHUNKS_NBYTES // len(plan.used_checkpoints))
         chunk_nbytes = max(chunk_nbytes, _MIN_CHUNK_NBYTES)
 
+    table = gram_table(plan)
+    comparing = 0 if table is None else _PRODUCTS_NBYTES + 3 * 8 * math.prod(table.shape)
+
     def needed(threads: int) -> int:
-        code = FIXED_NBYTES + (_RANDOM_NBYTES if plan.draws_noise else 0)
+        code = FIXED_NBYTES + (_RANDOM_NBYTES if plan.draws_noise else 0) + comparing
         return code + threads * _thread_nbytes(plan, chunk_nbytes)
 
     while needed(threads) > memory_budget_bytes and chunk_nbytes > _MIN_CHUNK_NBYTES:
@@ -146,10 +150,16 @@ class _Crew:
         for index in reversed(job.plan.used_checkpoints):
             timings.arithmetic_seconds += watch.lap()
             cpu_seconds = thread_time()
-            job.checkpoints[index].read_into(chunk.pieces, arithmetic.input)
+            kept = gram.row(index)
+            into = arithmetic.input
+            if kept is not None and not job.sinks:  # nothing else is done with it
+                into = kept.view(np.uint8).data
+            job.checkpoints[index].read_into(chunk.pieces, into)
             read_cpu_seconds += thread_time() - cpu_seconds
             read_seconds += watch.lap()
-            gram.add(index, np.frombuffer(arithmetic.input, BITS[chunk.dtype]))
+            if kept is not None and job.sinks:
+                np.copyto(kept, np.frombuffer(arithmetic.input, kept.dtype))
+            gram.add(index)
             for row in arithmetic.add(index):
                 output, finite = arithmetic.finish(row)
                 if not finite:

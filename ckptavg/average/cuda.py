@@ -85,7 +85,7 @@ def size_cuda_workspace(
             for dtype, output in plan.arithmetic_dtypes
         ]
         compared = [
-            gram_nbytes(chunk_nbytes, dtype, table.products.shape)
+            gram_nbytes(chunk_nbytes, dtype, table.shape)
             for dtype, _ in plan.arithmetic_dtypes
             if table is not None
         ]

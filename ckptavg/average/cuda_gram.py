@@ -41,7 +41,7 @@ class CudaGram:
         self._buffers: dict[str, Tensor] = {}
         self._runs: list[tuple[int, slice]] = []
         if self._table is not None:
-            shape = self._table.products.shape
+            shape = self._table.shape
             self._products = torch.zeros(shape, dtype=torch.float64, device=device)
             self._n_refused = torch.zeros(shape[0], dtype=torch.int64, device=device)
             self._n_elements = np.zeros(shape[0], np.int64)
@@ -57,14 +57,15 @@ class CudaGram:
         if table is None or not self._runs:
             return
         numel, n_members = self._chunk.numel, len(table.members)
-        whole = self._array("gram", torch.float64, (n_members + 1) * numel)
-        stack = whole.view(n_members + 1, numel)
+        whole = self._array("gram", torch.float64, n_members * numel)
+        stack = whole.view(n_members, numel)
         stack[table.members.index(index)].copy_(values)
         if index != table.members[0]:
             return
-        self._count_nonfinite(stack[:-1])
-        torch.mean(stack[:-1], dim=0, out=stack[-1])
-        stack[:-1].sub_(stack[-1])
+        self._count_nonfinite(stack)
+        middle = table.reference
+        for rows in (stack[:middle], stack[middle + 1 :]):
+            rows.sub_(stack[middle])
         for group, place in self._runs:
             self._add_products(self._products[group], stack[:, place])
             self._n_elements[group] += place.stop - place.start
@@ -146,7 +147,7 @@ def gram_nbytes(chunk_nbytes: int, dtype: DType, shape: tuple[int, ...]) -> int:
     Args:
         chunk_nbytes: Input bytes of the largest chunk, from one checkpoint.
         dtype: Of its elements.
-        shape: Of the table's products: groups, checkpoints and one, the same.
+        shape: Of the table: groups, checkpoints, checkpoints.
     """
     numel, size = chunk_nbytes // dtype.itemsize, shape[-1]
     flags = 3 + 4  # with temporaries

@@ -23,7 +23,7 @@ _STRIP_NUMEL = 512  # of a tile: products so small are left to one thread by the
 class Gram:
     """Keeps a chunk of every checkpoint, and adds its products to a table.
 
-    Use: ``start(chunk)``; ``add`` for each checkpoint, newest first.
+    Use: ``start(chunk)``; for each checkpoint, newest first, fill ``row`` and call ``add``.
     """
 
     def __init__(self, job: Job, buffers: Buffers) -> None:
@@ -37,68 +37,73 @@ class Gram:
         self._table = job.gram
         self._buffers = buffers
         if self._table is not None:
-            self._tile = np.empty((len(self._table.members) + 1, _TILE_NUMEL))
-            self._words = np.empty(_TILE_NUMEL, np.uint32)
+            size = len(self._table.members)
+            self._tile = np.empty((size, _TILE_NUMEL))
+            self._words = np.empty((size, _TILE_NUMEL), np.uint32)
 
     def start(self, chunk: Chunk) -> None:
         """Begin a chunk."""
         self._chunk = chunk
-        self._buffers.start(chunk.nbytes)
         self._runs = [] if self._table is None else self._table.runs(chunk)
+        if self._table is not None and self._runs:
+            self._buffers.start(chunk.nbytes)
+            shape = len(self._table.members), chunk.numel
+            stack = self._buffers.array("gram", BITS[chunk.dtype], shape[0] * shape[1])
+            self._stack = stack.reshape(shape)
 
-    def add(self, index: int, bits: Array) -> None:
-        """Add the chunk of checkpoint number ``index``."""
+    def row(self, index: int) -> Array | None:
+        """Return where the bits of checkpoint number ``index`` belong; None if nowhere."""
+        if self._table is None or not self._runs:
+            return None
+        row: Array = self._stack[self._table.members.index(index)]
+        return row
+
+    def add(self, index: int) -> None:
+        """Take what was put into ``row(index)``."""
         table = self._table
-        if table is None or not self._runs:
-            return
-        np.copyto(self._row(index), bits)
-        if index == table.members[0]:
+        if table is not None and self._runs and index == table.members[0]:
             for group, place in self._runs:
                 table.add(group, self._products(table, place), place.stop - place.start)
 
-    def _row(self, index: int) -> Array:
-        chunk = self._chunk
-        return self._buffers.array(f"gram{index}", BITS[chunk.dtype], chunk.numel)
-
     @np.errstate(all="ignore")  # what is not finite is looked for
     def _products(self, table: GramTable, place: slice) -> Array:
-        rows = [self._row(index) for index in table.members]
-        size = len(rows) + 1
+        size, middle = len(table.members), table.reference
         total = np.zeros((size, size))
         for first in range(place.start, place.stop, _TILE_NUMEL):
             numel = min(_TILE_NUMEL, place.stop - first)
             padded = -(-numel // _STRIP_NUMEL) * _STRIP_NUMEL
             tile = self._tile[:, :padded]
             tile[:, numel:] = 0
-            for row, values in zip(rows, tile, strict=False):
-                self._decode(row[first : first + numel], values[:numel])
-            mean = tile[-1]
-            np.add.reduce(tile[:-1], axis=0, out=mean)
-            mean /= len(rows)
-            if not np.isfinite(mean).all():
-                self._leave_out_nonfinite(table, tile, first)
-            tile[:-1] -= mean
+            self._decode(self._stack[:, first : first + numel], tile[:, :numel])
+            for rows in (tile[:middle], tile[middle + 1 :]):
+                np.subtract(rows, tile[middle], out=rows)
             strips = tile.reshape(size, -1, _STRIP_NUMEL).transpose(1, 0, 2)
-            total += np.matmul(strips, strips.transpose(0, 2, 1)).sum(axis=0)
+            products = np.matmul(strips, strips.transpose(0, 2, 1)).sum(axis=0)
+            if not np.isfinite(products).all():
+                self._leave_out_nonfinite(table, tile, first, numel)
+                products = np.matmul(strips, strips.transpose(0, 2, 1)).sum(axis=0)
+            total += products
         return total
 
     def _decode(self, bits: Array, values: Array) -> None:
         dtype = self._chunk.dtype
         if dtype is BFLOAT16:
-            words = self._words[: len(bits)]
+            words = self._words[:, : bits.shape[1]]
             np.left_shift(bits, SIXTEEN, out=words, dtype=np.uint32)
             np.copyto(values, words.view(np.float32))
         else:
             np.copyto(values, bits.view(NUMPY_DTYPES[dtype]))
 
-    def _leave_out_nonfinite(self, table: GramTable, tile: Array, first: int) -> None:
+    def _leave_out_nonfinite(self, table: GramTable, tile: Array, first: int, numel: int) -> None:
         """Pass over infinities that all checkpoints share, as in masks, and refuse the others.
 
         Raises:
             IncompatibleCheckpointsError: Naming the checkpoint and the tensor.
         """
-        columns = np.flatnonzero(~np.isfinite(tile).all(axis=0))
-        values = tile[:-1, columns]
+        values = np.empty((len(table.members), numel))
+        self._decode(self._stack[:, first : first + numel], values)
+        columns = np.flatnonzero(~np.isfinite(values).all(axis=0))
+        values = values[:, columns]
         shared = np.isinf(values).all(axis=0) & (values == values[0]).all(axis=0)
         if not self._job.plan.recipe.allow_nonfinite and not shared.all():
             for index, row in zip(table.members, values, strict=True):
@@ -114,6 +119,6 @@ def gram_nbytes(chunk_nbytes: int, dtype: DType, n_members: int) -> int:
     if not n_members:
         return 0
     numel = chunk_nbytes // dtype.itemsize + 2
-    tiles = (n_members + 1) * _TILE_NUMEL * 8
-    strips = _TILE_NUMEL // _STRIP_NUMEL * (n_members + 1) ** 2 * 8
-    return n_members * numel * dtype.itemsize + 2 * tiles + strips + 4 * _TILE_NUMEL
+    tiles = n_members * _TILE_NUMEL * (8 + 4)
+    strips = _TILE_NUMEL // _STRIP_NUMEL * n_members**2 * 8
+    return n_members * numel * dtype.itemsize + tiles + 3 * strips

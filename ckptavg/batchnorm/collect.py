@@ -81,7 +81,9 @@ class Collection:
             if self._done is not None:
                 self._merge(*self._done)
             self._done = replace(batch, on_device=None), seen
-        if self._done is not None and self._has_converged(feed.n_batches):
+        if self._done is None or self._small is not None:  # which may still be joined to it
+            return
+        if self._has_converged(feed.n_batches):
             state, amount = self._moments.state(), self._amount
             self._merge(*self._done)
             if self._has_converged(feed.n_batches):  # the newest batch tells nothing else

@@ -55,6 +55,12 @@ Examples:
 @reading_options
 @model_options(required=False, compare="--compare-bn")
 @machine_options
+@click.option(
+    "--check-trajectory",
+    is_flag=True,
+    help="Compare the checkpoints with each other along the way, and say whether they are one "
+    "trajectory that averaging can help; see ckptavg trajectory.",
+)
 @click.option("--dry-run", is_flag=True, help="Show what would be done; read nothing but headers.")
 @save_recipe_option
 @talk_options
@@ -117,6 +123,7 @@ def command(
             schemes=schemes,
             **recipe,
             **arguments,
+            check_trajectory=options["check_trajectory"],
             distributed=distributed,
             planned=None if quiet or as_json else echo_coefficients,
             progress=progress,

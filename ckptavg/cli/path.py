@@ -19,8 +19,7 @@ Examples:
 
 
 @click.command("path", epilog=_EPILOG)
-@click.argument("start", metavar="FROM")
-@click.argument("stops", nargs=-1, required=True, metavar="TO...")
+@click.argument("ends", nargs=-1, required=True, metavar="FROM TO...")
 @landscape_options(
     click.option(
         "--t",
@@ -42,8 +41,7 @@ Examples:
     selects=False,
 )
 def command(
-    start: str,
-    stops: tuple[str, ...],
+    ends: tuple[str, ...],
     output: str,
     t: tuple[float, float],
     points: int,
@@ -60,11 +58,13 @@ def command(
     """
     from ckptavg.landscape.path import path
 
+    if len(ends) < 2:
+        raise click.UsageError("TO is missing: name at least two checkpoints")
     arguments = landscape_arguments(options)
     with stdout_for_the_result(), ProgressBars(quiet=quiet or as_json) as progress:
         found = path(
-            start,
-            stops,
+            ends[0],
+            ends[1:],
             output,
             t=t,
             points=points,

@@ -13,8 +13,7 @@ from ckptavg.cli.render import echo_json, stdout_for_the_result, table
 _EPILOG = """\b
 Examples:
   ckptavg plane runs/exp7 --last 20 -o plane --model m:net --data m:train --loader test=m:test
-  ckptavg plane runs/exp7 -o plane --through mean --through sgd.pt --through last --model m:net \\
-    --data m:train --loader train=m:labelled --loader test=m:test --weight-decay 5e-4
+  ckptavg plane runs/exp7 -o plane --through pca --mark sgd.pt --model m:net --eval m:losses
 """
 
 
@@ -26,8 +25,9 @@ Examples:
         multiple=True,
         metavar="POINT",
         help="What the plane goes through: three of first, middle, last, mean (of SOURCES) and "
-        "further checkpoints, given three times or with commas; or pca, for example --through pca: "
-        "the mean and the first two principal components. Default: first,middle,last.",
+        "further checkpoints, given three times (the four words also with commas); or pca, for "
+        "example --through pca: the mean and the first two principal components. Default: "
+        "first,middle,last.",
     ),
     click.option(
         "--mark",

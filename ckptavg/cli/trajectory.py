@@ -65,8 +65,8 @@ def command(
     around a centre or move on, which lie apart, and how each layer moved. It takes no model and no
     data; how good an average is, only an evaluation tells (sweep).
     """
+    from ckptavg.comparing import trajectory
     from ckptavg.selection import Selection
-    from ckptavg.trajectory import trajectory
 
     selection = Selection(**selection_arguments(options))
     with ProgressBars(quiet=quiet or as_json) as progress:

@@ -16,6 +16,7 @@ Vector = NDArray[np.float64]
 _ROUNDING = 1e-12  # of a squared length, relative to what it is the difference of
 _LEAST_EFFECTIVE = 1.0 + 1e-6
 _ITERATIONS = 200
+_AS_GOOD = 0.02  # shares that differ by less are alike
 
 
 class Geometry:
@@ -126,11 +127,11 @@ class Geometry:
     def taken_back(self) -> tuple[float, int] | None:
         """Return the part of a way that the next one takes back, from 0 to 1, and how long it is.
 
-        Of ways of k checkpoints, the one with k up to a third of them of which the largest part is
-        taken back: twice the negative inner product of neighbouring ways over their mean squared
-        length. Where each checkpoint is a point that moves slowly, plus noise of its own, that is
-        the noise's part of it: 1 for independent points around a centre, 0 for a random walk or a
-        straight line. None for fewer than three points.
+        Of ways of k checkpoints, with k up to a third of them, the shortest of which about the
+        largest part is taken back: twice the negative inner product of neighbouring ways over their
+        mean squared length. Where each checkpoint is a point that moves slowly, plus noise of its
+        own, that is the noise's part of it: 1 for independent points around a centre, 0 for a
+        random walk or a straight line. None for fewer than three points.
         """
         if self.n_points < 3:
             return None
@@ -141,7 +142,8 @@ class Geometry:
             scale = float(np.diag(inner).mean())
             share = -2 * float(np.diag(inner, lag).mean()) / scale if scale > 0 else 0.0
             found.append((min(max(share, 0.0), 1.0), lag))
-        return max(found, key=lambda one: (one[0], -one[1]))
+        largest = max(share for share, _ in found)
+        return next(one for one in found if one[0] >= largest - _AS_GOOD)
 
     def drift_share(self, times: Sequence[float]) -> float:
         """Return the part of the variance that a straight line in time explains: from 0 to 1.

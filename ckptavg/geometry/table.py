@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import prod
 from threading import Lock
 from typing import Any
 
@@ -35,16 +34,16 @@ class LayerGroup:
 
 
 class GramTable:
-    """Collects inner products of deviations, from any thread, in any order.
+    """Collects inner products of K checkpoints' weights, from any thread, in any order.
 
-    For K checkpoints with weights w_i of a layer group and their mean m, it holds the products of
-    the K deviations w_i - m and, as number K, of m itself: all distances, norms and angles of
-    weights, and all coordinates in planes through them, follow from these.
+    What is added are products of differences from one of them, the reference, and of the reference
+    itself: as exact as products of deviations from the mean, and nothing has to be known of the
+    others to form a difference.
 
     Attributes:
         members: Indices of the checkpoints, oldest first.
+        reference: Which of the members is the reference, by its place among them.
         groups: The layer groups, in the order of their first tensor.
-        products: float64, shape (groups, K + 1, K + 1).
         n_elements: How many elements of each group have been added.
     """
 
@@ -58,23 +57,39 @@ class GramTable:
             members: Indices of the checkpoints, oldest first.
         """
         self.members = tuple(members)
+        self.reference = len(self.members) // 2
         numbers: dict[LayerGroup, int] = {}
         self._group_of: dict[str, int] = {}
-        self.numel = 0
         for name, shape in tensors:
             group = LayerGroup(layer_of(name), len(shape) > 1)
             self._group_of[name] = numbers.setdefault(group, len(numbers))
-            self.numel += prod(shape)
         self.groups = tuple(numbers)
-        size = len(self.members) + 1
-        self.products: Matrix = np.zeros((len(self.groups), size, size))
+        size = len(self.members)
+        self._sums: Matrix = np.zeros((len(self.groups), size, size))
         self.n_elements = np.zeros(len(self.groups), np.int64)
         self._lock = Lock()
 
     @property
-    def nbytes(self) -> int:
-        """Bytes that the products take."""
-        return self.products.nbytes
+    def shape(self) -> tuple[int, int, int]:
+        """Groups, checkpoints, checkpoints."""
+        return len(self.groups), len(self.members), len(self.members)
+
+    @property
+    def products(self) -> Matrix:
+        """Inner products, float64, shape (groups, K + 1, K + 1).
+
+        Of the K deviations from the mean of all and, as number K, of the mean itself: all
+        distances, norms and angles of weights, and all coordinates in planes through them, follow
+        from these.
+        """
+        size = len(self.members)
+        mean = np.full(size, 1 / size)
+        mean[self.reference] = 0  # of the differences
+        change = np.vstack([np.eye(size) - mean, mean])
+        change[self.reference, self.reference] = 0  # its difference from itself
+        change[size, self.reference] = 1
+        products: Matrix = change @ self._sums @ change.T
+        return products
 
     def runs(self, chunk: Chunk) -> list[tuple[int, slice]]:
         """Return the groups in a chunk, each with the place of a run of its elements."""
@@ -92,18 +107,25 @@ class GramTable:
         return runs
 
     def add(self, group: int, products: Matrix, n_elements: int) -> None:
-        """Add the products of some elements of a group."""
+        """Add the products of some elements of a group.
+
+        Args:
+            group: Its number.
+            products: Shape (K, K): of the differences from the reference, in whose place the
+                reference itself stands.
+            n_elements: How many they are.
+        """
         with self._lock:
-            self.products[group] += products
+            self._sums[group] += products
             self.n_elements[group] += n_elements
 
     def to_words(self) -> dict[str, Any]:
         """Return what was added, in a form that JSON can express, exact."""
-        return {"products": self.products.tolist(), "n_elements": self.n_elements.tolist()}
+        return {"products": self._sums.tolist(), "n_elements": self.n_elements.tolist()}
 
     def add_words(self, words: dict[str, Any]) -> None:
         """Add what another process collected."""
-        self.products += np.asarray(words["products"]).reshape(self.products.shape)
+        self._sums += np.asarray(words["products"]).reshape(self.shape)
         self.n_elements += np.asarray(words["n_elements"], np.int64)
 
 

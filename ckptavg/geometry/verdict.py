@@ -22,6 +22,7 @@ _CONVERGED = 5.0  # how much smaller the last third's steps are than the first's
 _NOISE = 0.1  # part of a way that the next one takes back
 _DRIFT = 0.5  # part of the variance that a line in time explains
 _WORTH = 1e-4  # spread, relative to the weights
+_ROUNDING = 1e-12  # likewise
 _MOST_NAMED = 3
 
 
@@ -68,11 +69,11 @@ def judge(
     sentences: list[str] = []
     taken_back = geometry.taken_back()
     relative = geometry.spread / geometry.mean_norm if geometry.mean_norm else 0.0
-    if not geometry.spread or relative < _WORTH:
+    if relative < _WORTH:
         kind: Kind = "equal"
         sentences.append(
             "the checkpoints are equal: there is nothing to average"
-            if not geometry.spread
+            if relative < _ROUNDING
             else f"the checkpoints are nearly one point (spread {relative:.2g} of the weights' "
             "norm): their mean is that point, and averaging can bring next to nothing"
         )

@@ -11,7 +11,7 @@ from typing import Unpack
 import numpy as np
 
 from ckptavg.errors import UsageError
-from ckptavg.landscape.session import LandscapeOptions, landscape_session, mode_of
+from ckptavg.landscape.session import LandscapeOptions, best_of, landscape_session, mode_of
 from ckptavg.landscape.subspace import Row
 from ckptavg.landscape_results import PathResult, Segment
 from ckptavg.results import BnPass
@@ -56,7 +56,7 @@ def path(
     """
     if points < 2:
         raise UsageError(f"points is {points}, expected at least 2")
-    if not t[0] < t[1]:
+    if not -float("inf") < t[0] < t[1] < float("inf"):
         raise UsageError(f"t goes from {t[0]:g} to {t[1]:g}, expected an increasing range")
     ends = [start, *([stops] if isinstance(stops, (str, Path, HubRevision)) else stops)]
     if len(ends) < 2:
@@ -64,7 +64,7 @@ def path(
     inner = [at for at in np.linspace(*t, points) if min(abs(at), abs(at - 1)) > 1e-9]
     places = np.array(sorted([0.0, 1.0, *map(float, inner)]))
     with landscape_session("path", (), ends, output, evaluation, options) as session:
-        labels, lengths = session.compared.plan.labels, session.geometry.distances[0]
+        labels, lengths = session.labels, session.geometry.distances[0]
         for number in range(1, len(ends)):
             if not lengths[number]:
                 raise UsageError(f"{labels[0]} and {labels[number]} are the same weights")
@@ -127,13 +127,16 @@ def path(
 
 
 def _barrier(places: Row, values: Row, metric: str) -> float:
-    """Return the largest excess over the straight line between the values of both ends."""
+    """Return the largest excess over the straight line between the values of both ends.
+
+    NaN if it is not known: there is no point between them, or a value that is not a number.
+    """
     between = (places >= 0) & (places <= 1)
     ends = values[np.searchsorted(places, [0.0, 1.0])]
     line = ends[0] + (ends[1] - ends[0]) * places[between]
     excess = values[between] - line if mode_of(metric) == "min" else line - values[between]
     inside = excess[1:-1]  # at the ends it is 0
-    return float(np.nanmax(inside)) if len(inside) and not np.isnan(inside).all() else 0.0
+    return float(inside.max()) if len(inside) else float("nan")
 
 
 def _summary(places: Row, segment: Segment) -> list[str]:
@@ -144,13 +147,14 @@ def _summary(places: Row, segment: Segment) -> list[str]:
         signed = np.array(values) if mode_of(metric) == "min" else -np.array(values)
         best = int(np.argmin(np.where(np.isnan(signed), np.inf, signed)))
         barrier = segment.barriers[metric]
-        between = (
-            f"a barrier of {barrier:.4g} lies between them"
-            if barrier > 0
-            else "no barrier lies between them"
-        )
+        if np.isnan(barrier):
+            between = "whether a barrier lies between them is not known"
+        elif barrier > 0:
+            between = f"a barrier of {barrier:.4g} lies between them"
+        else:
+            between = "no barrier lies between them"
         sentences.append(
-            f"{metric}: {ends[0]:.4g} at the start, {ends[1]:.4g} at the stop; {between}; best "
-            f"{values[best]:.4g} at t = {places[best]:.2g}"
+            f"{metric}: {ends[0]:.4g} at the start, {ends[1]:.4g} at the stop; {between}; "
+            f"{best_of(metric)} {values[best]:.4g} at t = {places[best]:.2g}"
         )
     return sentences

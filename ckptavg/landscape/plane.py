@@ -14,7 +14,13 @@ from torch import nn
 
 from ckptavg.errors import UsageError
 from ckptavg.landscape.points import Put
-from ckptavg.landscape.session import LandscapeOptions, Session, landscape_session, mode_of
+from ckptavg.landscape.session import (
+    LandscapeOptions,
+    Session,
+    best_of,
+    landscape_session,
+    mode_of,
+)
 from ckptavg.landscape.subspace import Row
 from ckptavg.landscape.view import OWN, View
 from ckptavg.landscape_results import Mark, PlaneResult
@@ -69,6 +75,8 @@ def plane(
         raise UsageError(f"points is {points}, expected at least 2 along each side")
     if not 0 <= margin < 100:
         raise UsageError(f"margin is {margin}, expected a share such as {DEFAULT_MARGIN}")
+    if not sources:
+        raise UsageError("a plane shows where checkpoints lie: name at least one")
     corners = _corners(through)
     further = [one for one in corners if one not in OWN]
     with landscape_session(
@@ -112,6 +120,7 @@ def plane(
                 "through": [view.label(corner) for corner in view.corners] or [COMPONENTS],
                 "x": x.tolist(),
                 "y": y.tolist(),
+                "axes": list(view.axis_names),
                 "grids": {name: grid.tolist() for name, grid in grids.items()},
                 "marks": [asdict(mark) for mark in seen],
                 "similarity": {
@@ -189,7 +198,7 @@ def _similarity(
     for one, other in combinations(grids, 2):
         first, second = grids[one].ravel(), grids[other].ravel()
         finite = np.isfinite(first) & np.isfinite(second)
-        if finite.sum() < 3 or not first[finite].std() or not second[finite].std():
+        if finite.sum() < 3 or not np.ptp(first[finite]) or not np.ptp(second[finite]):
             continue
         correlation = float(np.corrcoef(first[finite], second[finite])[0, 1])
         here, there = _best(x, y, grids[one], one), _best(x, y, grids[other], other)
@@ -207,7 +216,7 @@ def _summary(
     similarity: Mapping[str, tuple[float, float]],
 ) -> list[str]:
     """Say what the plane shows."""
-    mean = next(mark for mark in marks if mark.name == "mean")
+    mean = marks[-1]
     iterates = [mark for mark in marks[: view.n_sources] if mark.surface is not None]
     off = max((mark.off_plane for mark in marks[: view.n_sources]), default=0.0)
     sentences = [
@@ -223,12 +232,15 @@ def _summary(
         where = "where the mean is seen" if mean.kind == "mean" else "at the mean"
         sentences.append(
             f"{metric}: {at_mean:.4g} {where}, {float(np.median(at_iterates)):.4g} in the middle "
-            f"of the checkpoints' projections; the best of the grid is {best[2]:.4g}, "
+            f"of the checkpoints' projections; the {best_of(metric)} of the grid is {best[2]:.4g}, "
             f"{float(np.hypot(best[0] - mean.x, best[1] - mean.y)):.3g} away from the mean"
         )
-    for pair, (correlation, distance) in similarity.items():
-        one, other = pair.split(" and ")
-        if one.endswith("_loss") and other.endswith("_error") and not _same_loader(one, other):
+    for one, other in combinations(grids, 2):
+        pair = f"{one} and {other}"
+        if pair not in similarity or _same_loader(one, other):
+            continue
+        correlation, distance = similarity[pair]
+        if one.endswith("_loss") and other.endswith("_error"):
             sentences.append(
                 f"the surfaces of {pair} correlate by {correlation:.2f}; their best points are "
                 f"{distance:.3g} apart"

@@ -12,7 +12,7 @@ from ckptavg.batchnorm import recompute_side_by_side
 from ckptavg.batchnorm.layers import find_layers
 from ckptavg.errors import ModelError, UsageError
 from ckptavg.eval_command import EvalCommand
-from ckptavg.evaluate import checked_metrics, evaluation_state
+from ckptavg.evaluate import checked_metrics, evaluated, evaluation_state
 from ckptavg.labelled import LabelledEvaluation, device_of
 from ckptavg.live_model import LiveModel, user_code
 from ckptavg.results import BnPass, Progress
@@ -29,7 +29,8 @@ _SHARE_OF_DEVICE = 4  # of the memory that is free, a fourth is for copies of th
 class PointJudge:
     """Evaluates a model at points, as many side by side as memory allows.
 
-    Data is loaded once for all that stand side by side.
+    Data is loaded once for all that stand side by side, and random numbers are the same for every
+    point. A model that cannot be copied is evaluated at one point after the other.
 
     Attributes:
         n_side_by_side: How many points at once.
@@ -43,6 +44,7 @@ class PointJudge:
         """
         self._live = live
         self._evaluation = evaluation
+        self._seed = 0 if evaluation.seed is None else evaluation.seed
         self._models = [live.module]
         layers, _ = find_layers(live.module)
         self._has_pass = bool(layers) and evaluation.batches is not None
@@ -55,8 +57,8 @@ class PointJudge:
         if not shares_data or evaluation.train_mode == "model" or evaluation.compile:
             self.n_side_by_side = 1
         else:
-            room = _room(live.module, memory_budget_bytes)
-            self.n_side_by_side = max(1, min(_MOST_SIDE_BY_SIDE, room))
+            room = min(_MOST_SIDE_BY_SIDE, _room(live.module, memory_budget_bytes))
+            self.n_side_by_side = room if room > 1 and self._is_copied() else 1
 
     def metrics(self, puts: Sequence[Put]) -> list[dict[str, float]]:
         """Return the metrics of points, at most ``n_side_by_side``.
@@ -75,20 +77,27 @@ class PointJudge:
         function = self._evaluation.evaluate
         if function is None or isinstance(function, EvalCommand):
             raise AssertionError("check_landscape sees to it")
-        with user_code("the evaluation"), live.on_its_device(), evaluation_state(models):
+        with user_code("the evaluation"), live.on_its_device():
             if isinstance(function, LabelledEvaluation):
-                return [checked_metrics(one) for one in function.of_models(models)]
-            return [checked_metrics(function(model)) for model in models]
+                with evaluation_state(models, self._seed):
+                    return [checked_metrics(one) for one in function.of_models(models)]
+            return [evaluated(model, function, seed=self._seed) for model in models]
 
     def _copies(self, count: int) -> list[nn.Module]:
+        """Return the model and copies of it, alike in what points leave alone, such as integers."""
         while len(self._models) < count:
-            try:
+            with user_code("copying the model"):
                 self._models.append(copy.deepcopy(self._live.module))
-            except Exception as error:
-                raise ModelError(
-                    f"the model cannot be copied: {type(error).__name__}: {error}"
-                ) from error
+        for copied in self._models[1:count]:
+            copied.load_state_dict(self._live.module.state_dict())
         return self._models[:count]
+
+    def _is_copied(self) -> bool:
+        try:
+            self._copies(2)
+        except ModelError:
+            return False
+        return True
 
 
 class Survey:
@@ -117,6 +126,7 @@ class Survey:
             entry["point"]: entry["metrics"] for entry in scratch.entries
         }
         self.n_resumed = len(self._known)
+        self._names = {name for metrics in self._known.values() for name in metrics}
         self._report = stage_of(progress, stage, n_points)
 
     def metrics(self, points: Mapping[str, Put]) -> dict[str, dict[str, float]]:
@@ -132,10 +142,19 @@ class Survey:
             keys = due[first : first + step]
             found = self._judge.metrics([points[key] for key in keys])
             for key, metrics in zip(keys, found, strict=True):
+                self._check_names(metrics)
                 self._scratch.note({"point": key, "metrics": metrics})
                 self._known[key] = metrics
             self._report(len(keys))
         return {key: self._known[key] for key in points}
+
+    def _check_names(self, metrics: Metrics) -> None:
+        self._names = self._names or set(metrics)
+        if self._names != set(metrics):
+            raise ModelError(
+                f"the evaluation returned {', '.join(sorted(metrics))} at one point, and "
+                f"{', '.join(sorted(self._names))} at another: expected the same metrics everywhere"
+            )
 
 
 def _room(model: nn.Module, memory_budget_bytes: int) -> int:

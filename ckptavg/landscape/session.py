@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 from ckptavg._version import __version__
 from ckptavg.average import DEFAULT_MEMORY_BUDGET_BYTES, choose_device
 from ckptavg.checkpoint import Checkpoint
+from ckptavg.comparing import Compared, compare
 from ckptavg.errors import UsageError
 from ckptavg.eval_command import EvalCommand
 from ckptavg.evaluation_log import judge_text
@@ -34,7 +35,6 @@ from ckptavg.scratch import Scratch
 from ckptavg.selection import Selection
 from ckptavg.sources import Source
 from ckptavg.steps import stage_of
-from ckptavg.trajectory import Compared, compare
 
 
 class LandscapeOptions(TypedDict, total=False):
@@ -85,13 +85,24 @@ class Session:
     @property
     def geometry(self) -> Geometry:
         """Of all weights."""
-        return self.compared.geometry
+        found = self.compared.geometry
+        return found if len(self.checkpoints) > 1 else found.of([0])
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """What the checkpoints are called."""
+        return self.compared.plan.labels[: len(self.checkpoints)]
 
     def vectors(self, rows: Sequence[Row]) -> list[Any]:
-        """Return combinations of the checkpoints' weights, on the device."""
+        """Return combinations of the checkpoints' weights, on the device.
+
+        Raises:
+            MemoryBudgetError: If there is no room for them.
+        """
         used = sum(any(row[at] for row in rows) for at in range(len(self.checkpoints)))
         report = stage_of(self.options.get("progress"), "load", used)
-        return vectors_of(self.live, self.space, self.checkpoints, rows, report)
+        with self.space.room():
+            return vectors_of(self.live, self.space, self.checkpoints, rows, report)
 
     @contextmanager
     def survey(self, n_points: int, parameters: Sequence[object]) -> Iterator[Survey]:
@@ -157,6 +168,9 @@ def landscape_session(
 ) -> Iterator[Session]:
     """Refuse what cannot be done, open and compare the checkpoints, and build the model.
 
+    Integers, and what else has no place in a plane, are those of the last checkpoint that was
+    loaded.
+
     Args:
         kind: What is made, such as ``plane``.
         sources: As in ``average_checkpoints``.
@@ -171,8 +185,9 @@ def landscape_session(
     """
     started = time.perf_counter()
     output = Path(output)
+    _check_options(kind, options, selects=bool(sources))
     check_landscape(kind, evaluation, plot=options.get("plot", True))
-    check_evidence_destination(output, overwrite=options.get("overwrite", False))
+    check_evidence_destination(output, overwrite=options.get("overwrite", False), kind=kind)
     if evaluation.batches is not None and evaluation.seed is None:
         evaluation = replace(evaluation, seed=0)
     n_threads = options.get("n_threads")
@@ -192,8 +207,9 @@ def landscape_session(
         for checkpoint in opened.checkpoints[:-1]:
             live.check(checkpoint)
         judge = PointJudge(live, evaluation, memory_budget_bytes)
-        compared = compare(
-            opened,
+        several = [*opened.checkpoints] * (2 if len(opened.checkpoints) == 1 else 1)
+        compared = compare(  # which takes two at least
+            replace(opened, checkpoints=several),
             device=device,
             memory_budget_bytes=memory_budget_bytes,
             n_threads=n_threads,
@@ -216,6 +232,15 @@ def landscape_session(
             kind=kind,
             options=options,
         )
+
+
+def _check_options(kind: str, options: LandscapeOptions, *, selects: bool) -> None:
+    """Refuse options that there are not, or that would change nothing."""
+    unknown = sorted(options.keys() - LandscapeOptions.__annotations__.keys())
+    if unknown:
+        raise TypeError(f"{kind}() got an unexpected keyword argument '{unknown[0]}'")
+    if not selects and options.get("selection") not in (None, Selection()):
+        raise UsageError(f"a {kind} goes by single checkpoints: leave selection out")
 
 
 def check_landscape(kind: str, evaluation: BnPass, *, plot: bool) -> None:
@@ -249,3 +274,12 @@ def mode_of(metric: str) -> Mode:
         return best_mode(metric)
     except UsageError:
         return "min"
+
+
+def best_of(metric: str) -> str:
+    """Say what ``mode_of`` looks for; of a metric whose name tells no direction, just the lowest."""
+    try:
+        best_mode(metric)
+    except UsageError:
+        return "lowest"
+    return "best"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ class WeightSpace:
 
     Attributes:
         size: Number of weights; a complex one counts as two.
+        dtype: Of vectors; it holds every weight exactly.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -41,7 +43,7 @@ class WeightSpace:
         self._shapes: list[torch.Size] = []
         self._is_parameter: list[bool] = []
         start, seen = 0, set[str]()
-        dtype = torch.float32
+        self.dtype = torch.float32
         for name, value in state.items():
             if name in seen or not isinstance(value, Tensor) or is_batchnorm_statistic(name):
                 continue
@@ -50,34 +52,34 @@ class WeightSpace:
             seen.update(tied.get(name, [name]))
             values = _as_real(value)
             if values.dtype is torch.float64:
-                dtype = torch.float64
+                self.dtype = torch.float64
             self._names.append(name)
             self._places.append(slice(start, start + values.numel()))
-            self._shapes.append(values.shape)
+            self._shapes.append(value.shape)
             self._is_parameter.append(name in parameters)
             start += values.numel()
         self.size = start
-        self._dtype = dtype  # which holds every weight exactly
 
     def vector(self, model: nn.Module) -> Tensor:
         """Return a model's weights as one vector on its device, a copy."""
-        vector = self.empty(model)
+        device = next(iter(self._tensors(model))).device
+        vector = torch.empty(self.size, dtype=self.dtype, device=device)
         for tensor, place in zip(self._tensors(model), self._places, strict=True):
             vector[place].copy_(tensor.reshape(-1))
         return vector
 
-    def empty(self, model: nn.Module) -> Tensor:
-        """Return a vector where a model is; what it holds is not determined.
+    @contextmanager
+    def room(self) -> Iterator[None]:
+        """Say what was too large for the device, where anything is.
 
         Raises:
-            MemoryBudgetError: If there is no room on the device.
+            MemoryBudgetError: If so.
         """
-        device = next(iter(self._tensors(model))).device
         try:
-            return torch.empty(self.size, dtype=self._dtype, device=device)
+            yield
         except torch.OutOfMemoryError as error:
             raise MemoryBudgetError(
-                f"{device}: no room for another copy of the weights, {self.size} of them"
+                f"no room on the device for another copy of the weights, {self.size} of them"
             ) from error
 
     def put(self, model: nn.Module, vectors: Sequence[Tensor], coefficients: Row) -> None:
@@ -125,7 +127,7 @@ class WeightSpace:
         for place, shape, is_parameter in zip(
             self._places, self._shapes, self._is_parameter, strict=True
         ):
-            if not is_parameter or len(shape) < 2:
+            if not is_parameter or len(shape) < 2 or not shape.numel():
                 continue
             filters = direction[place].view(shape[0], -1)
             norms = filters.norm(dim=1, keepdim=True)
@@ -181,7 +183,7 @@ def vectors_of(
         if len(used) > 1 and (used == used[0]).all():
             is_mean = np.isclose(used.sum(), 1)
             vector = vector.div_(len(used)) if is_mean else vector.mul_(float(used[0]))
-        found.append(vector.to(space.empty(live.module).dtype))
+        found.append(vector.to(space.dtype))
     return found
 
 

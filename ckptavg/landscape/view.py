@@ -17,8 +17,7 @@ from ckptavg.landscape_results import Mark
 from ckptavg.sources import Source
 
 OWN = ("first", "middle", "last", "mean")  # corners that the sources give
-_FLAT = 1e-9  # height of a triangle over its base
-_ROUNDING = 1e-12  # of a squared length
+_ROUNDING = 1e-12  # of a squared length, relative to what it is the difference of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,7 @@ class View:
             )
             shares = own.explained
             names = tuple(
-                f"{name} principal component ({share:.0%} of the variance)"
+                f"{name} PC ({share:.0%} of the variance)"
                 for name, share in (("1st", shares[0]), ("2nd", shares[1]))
             )
             return view(
@@ -92,15 +91,18 @@ class View:
             for one in corners
         ]
         first, second, third = rows
-        base = float(np.sqrt(max(geometry.product(third - first, third - first), 0)))
+        noise = _ROUNDING * float(np.diag(geometry.gram).max())
+        square = geometry.product(third - first, third - first)
         side = second - first
-        if not base:
+        if square <= noise:
             raise UsageError("a plane needs three points, and the first and the third are the same")
+        base = float(np.sqrt(square))
         along = (third - first) / base
         foot = geometry.product(side, along)
-        height = float(np.sqrt(max(geometry.product(side, side) - foot**2, 0)))
-        if height <= _FLAT * base:
+        square = geometry.product(side, side) - foot**2
+        if square <= max(noise, _ROUNDING * base**2):
             raise UsageError("a plane needs three points that are not on one line")
+        height = float(np.sqrt(square))
         across = (side - foot * along) / height
         # w1 + x u + y v, with u = (w3 - w1) / base and v = (w2 - w1 - foot u) / height
         combine = np.array(
@@ -160,25 +162,22 @@ class View:
         grids: Mapping[str, NDArray[np.float64]],
         exact: Mapping[str, Mapping[str, float]],
     ) -> list[Mark]:
-        """Return everything that is projected, with what is known of it."""
-        found = []
-        corners = {int(np.flatnonzero(row)[0]): number
-                   for number, row in enumerate(self.corners)
-                   if np.count_nonzero(row) == 1}  # fmt: skip
+        """Return everything that is projected, with what is known of it; the mean comes last."""
+        found, numbers = [], list(enumerate(self.corners))
+        corners = {
+            int(np.flatnonzero(row)[0]): number
+            for number, row in numbers
+            if np.count_nonzero(row) == 1
+        }
+        corner_of_mean = [number for number, row in numbers if np.count_nonzero(row) > 1]
         for at, label in enumerate(self.labels):
             kind = "corner" if at in corners else "iterate" if at < self.n_sources else "mark"
             place = self.seen(np.eye(len(self.labels))[at])
             metrics = exact[f"corner {corners[at]}"] if at in corners else None
             found.append(_mark(label, kind, place, metrics, x, y, grids))
-        is_corner = any(np.count_nonzero(row) > 1 for row in self.corners)
-        metrics = exact["mean"]
-        for number, row in enumerate(self.corners):
-            if np.count_nonzero(row) > 1:
-                metrics = exact[f"corner {number}"]
-        kind = "corner" if is_corner else "mean"
-        if self.n_sources:
-            found.append(_mark("mean", kind, self.mean, metrics, x, y, grids))
-        return found
+        kind = "corner" if corner_of_mean else "mean"
+        metrics = exact[f"corner {corner_of_mean[0]}" if corner_of_mean else "mean"]
+        return [*found, _mark("mean", kind, self.mean, metrics, x, y, grids)]
 
 
 def _mark(

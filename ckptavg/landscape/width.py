@@ -15,6 +15,7 @@ from ckptavg.landscape.points import Put
 from ckptavg.landscape.session import LandscapeOptions, Session, landscape_session
 from ckptavg.landscape.subspace import Row
 from ckptavg.landscape_results import Ray, WidthResult
+from ckptavg.metrics import badness
 from ckptavg.results import BnPass
 from ckptavg.sources import Source
 
@@ -106,7 +107,7 @@ def width(
                 }
                 for kind in kinds
             }
-            labels = session.compared.plan.labels
+            labels = session.labels
             details = {
                 "solutions": dict(zip(names, labels, strict=True)),
                 "distances": {kind: one.tolist() for kind, one in distances.items()},
@@ -172,7 +173,7 @@ class _Rays:
         put = self._session.space.put
         starts = evaluate(
             {
-                name: partial(put, vectors=[solution], coefficients=np.ones(1))
+                repr(name): partial(put, vectors=[solution], coefficients=np.ones(1))
                 for name, solution in zip(self._names, self._solutions, strict=True)
             }
         )
@@ -190,18 +191,25 @@ class _Rays:
         evaluate: Evaluate,
     ) -> list[Ray]:
         space = self._session.space
-        random = space.random_direction(self._solutions[0], self._seed + number)
+        with space.room():
+            random = space.random_direction(self._solutions[0], self._seed + number)
         rays = []
         for name, solution in zip(self._names, self._solutions, strict=True):
-            direction = space.filter_normalised(random, solution) if kind == "filter" else random
+            direction = random
+            if kind == "filter":
+                with space.room():
+                    direction = space.filter_normalised(random, solution)
             put = partial(space.put, vectors=[solution, direction])
             found = evaluate(
-                {
-                    f"{name} {kind} {number} {at!r}": partial(put, coefficients=np.array([1.0, at]))
-                    for at in self._distances[kind][1:].tolist()
+                {  # by number: the last digits of distances may differ when it is continued
+                    f"{name!r} {kind} {number} {place}": partial(
+                        put, coefficients=np.array([1.0, at])
+                    )
+                    for place, at in enumerate(self._distances[kind].tolist())
+                    if place
                 }
             )
-            along = [starts[name], *found.values()]
+            along = [starts[repr(name)], *found.values()]
             rays.append(
                 Ray(
                     solution=name,
@@ -230,7 +238,7 @@ def _summary(
         how_far = f"{far:.3g} away" if kind == "sphere" else f"{far:.3g} filter norms away"
         for metric in next(iter(by_solution.values())):
             changes = {name: one[metric][-1] - one[metric][0] for name, one in by_solution.items()}
-            ranked = sorted(names, key=lambda name: abs(changes[name]))
+            ranked = sorted(names, key=lambda name: badness(abs(changes[name]), "min"))
             told = ", ".join(
                 f"{name} {by_solution[name][metric][0]:.4g} -> {by_solution[name][metric][-1]:.4g}"
                 for name in ranked

@@ -17,6 +17,7 @@ from ckptavg.plots.style import (
     SURFACE,
     open_up,
     pictures,
+    plain,
     short,
     styled,
 )
@@ -28,8 +29,8 @@ Values = NDArray[np.float64]
 
 _LEVELS = 14
 _PANEL_WIDTH = 4.6  # inches, of a plane
-_MOST_NAMES = 24  # of marks that are named by their last part
 _RAY_ALPHA = 0.25
+_ROUNDING = 1e-12  # of values: what is closer is the same
 _UNITS = (("_error", " (%)"), ("_loss", " (nats)"))
 
 
@@ -65,7 +66,7 @@ def plane_pictures(
         panel.set_aspect("equal", adjustable="box")
         panel.set_xlabel(axis_names[0])
         panel.set_ylabel(axis_names[1])
-        panel.set_title(metric)
+        panel.set_title(plain(metric))
     for panel in panels[len(grids) :]:
         panel.set_axis_off()
     handles, labels = panels[0].get_legend_handles_labels()
@@ -76,13 +77,14 @@ def plane_pictures(
 
 def _draw_marks(panel: Axes, marks: Sequence[Mark]) -> None:
     """Draw the iterates as a path, corners and further weights under their names, the mean."""
-    iterates = [mark for mark in marks if mark.name != "mean" and mark.kind != "mark"]
+    *marks, mean = marks
+    iterates = [mark for mark in marks if mark.kind != "mark"]
     edge = {"edgecolors": "white", "linewidths": 0.8}
     if iterates:
         along, across = [mark.x for mark in iterates], [mark.y for mark in iterates]
         panel.plot(along, across, "-", color="white", linewidth=0.7, alpha=0.8)
         panel.scatter(along, across, s=26, color=BLACK, label="checkpoints", zorder=3, **edge)  # type: ignore[arg-type]  # keywords
-    corners = [mark for mark in marks if mark.kind == "corner" and mark.name != "mean"]
+    corners = [mark for mark in marks if mark.kind == "corner"]
     if corners:
         panel.scatter(
             [mark.x for mark in corners], [mark.y for mark in corners], s=64, marker="s",
@@ -94,12 +96,10 @@ def _draw_marks(panel: Axes, marks: Sequence[Mark]) -> None:
             [mark.x], [mark.y], s=70, marker=MARKERS[(number + 2) % len(MARKERS)],
             color=SERIES[(number + 5) % len(SERIES)], label=short(mark.name), zorder=4, **edge,  # type: ignore[arg-type]  # likewise
         )  # fmt: skip
-    for mark in marks:
-        if mark.name == "mean":
-            panel.scatter(
-                [mark.x], [mark.y], s=190, marker="*", color=ORANGE, zorder=5,
-                label="mean of the checkpoints", **edge,  # type: ignore[arg-type]  # likewise
-            )  # fmt: skip
+    panel.scatter(
+        [mean.x], [mean.y], s=190, marker="*", color=ORANGE, zorder=5,
+        label="mean of the checkpoints", **edge,  # type: ignore[arg-type]  # likewise
+    )  # fmt: skip
 
 
 @styled()
@@ -193,7 +193,8 @@ def path_pictures(places: Values, segments: Sequence[Segment]) -> dict[str, byte
 
 def named(metric: str) -> str:
     """Return a metric's name, with the unit where it is known."""
-    return metric + next((unit for ending, unit in _UNITS if metric.endswith(ending)), "")
+    unit = next((unit for ending, unit in _UNITS if metric.endswith(ending)), "")
+    return plain(metric) + unit
 
 
 def _levels(grid: Values) -> Values:
@@ -203,12 +204,13 @@ def _levels(grid: Values) -> Values:
     of the sorted values, and what is far above the rest has no levels of its own.
     """
     finite = np.sort(grid[np.isfinite(grid)].ravel())
-    if not len(finite) or finite[0] == finite[-1]:
-        low = float(finite[0]) if len(finite) else 0.0
-        return np.array([low - 0.5, low + 0.5])
+    lowest, highest = (float(finite[0]), float(finite[-1])) if len(finite) else (0.0, 0.0)
+    if highest - lowest <= _ROUNDING * max(abs(lowest), abs(highest)):
+        room = max(abs(lowest), 1.0) / 2
+        return np.array([lowest - room, lowest + room])
     low, high = float(finite[0]), float(np.quantile(finite, 0.95))
-    if high <= low:
-        high = float(finite[-1])
+    if high - low <= _ROUNDING * max(abs(low), abs(highest)):
+        high = highest
     steps: Any = np.linspace(0, 1, _LEVELS) ** 1.7
     levels: Values = low + (high - low) * steps
     return levels

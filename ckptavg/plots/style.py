@@ -80,7 +80,12 @@ def pictures(name: str, figure: "Figure") -> dict[str, bytes]:
 
 def short(name: str) -> str:
     """Return a name cut to a length that fits beside a plot; its end tells most."""
-    return name if len(name) <= _NAME_LENGTH else f"...{name[3 - _NAME_LENGTH :]}"
+    return plain(name if len(name) <= _NAME_LENGTH else f"...{name[3 - _NAME_LENGTH :]}")
+
+
+def plain(text: str) -> str:
+    """Return text that is drawn as it is: between dollars, matplotlib would see a formula."""
+    return text.replace("$", r"\$")
 
 
 def open_up(figure: "Figure") -> None:

@@ -55,12 +55,17 @@ class Effort(NamedTuple):
         rays: Random directions of each kind.
         ray_points: Points along each.
         path_points: Points along a line.
+        relative: How far filter-normalised rays go, in lengths of the filters.
     """
 
     plane_points: int = 15
     rays: int = 8
     ray_points: int = 7
     path_points: int = 26
+    relative: float = 0.3
+
+
+COARSE = Effort(plane_points=3, rays=1, ray_points=3, path_points=3)
 
 
 def figure_1_left(run: Run, output: Path, effort: Effort) -> ckptavg.PlaneResult:
@@ -109,6 +114,7 @@ def figure_4(run: Run, output: Path, effort: Effort) -> ckptavg.WidthResult:
         evaluation=evaluation(run, "train", "test"),
         rays=effort.rays,
         points=effort.ray_points,
+        relative=effort.relative,
         device=run.device,
         overwrite=True,
     )

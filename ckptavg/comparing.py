@@ -129,6 +129,11 @@ class Compared:
     seconds: float
 
     @property
+    def labels(self) -> list[str]:
+        """What those that were compared are called, oldest first."""
+        return [self.plan.labels[index] for index in self.table.members]
+
+    @property
     def geometry(self) -> Geometry:
         """Of all weights."""
         return Geometry(self.table.products.sum(axis=0))
@@ -143,22 +148,23 @@ class Compared:
     @property
     def times(self) -> list[float]:
         """When the checkpoints were saved: steps or epochs where all tell them, else numbers."""
-        plan = self.plan
-        for times in (plan.steps, plan.epochs):
-            known = [time for time in times if time is not None]
-            if len(known) == len(times) == len(set(times)):
+        members = self.table.members
+        for times in (self.plan.steps, self.plan.epochs):
+            known = [time for index in members if (time := times[index]) is not None]
+            if len(set(known)) == len(members):
                 return [float(time) for time in known]
-        return [float(number) for number in range(plan.n_checkpoints)]
+        return [float(number) for number in range(len(members))]
 
     @property
     def verdict(self) -> Verdict:
         """What they are to each other."""
-        return judge(self.geometry, self.matrices, self.plan.labels, self.times)
+        return judge(self.geometry, self.matrices, self.labels, self.times)
 
     def result(self) -> TrajectoryResult:
         """Return all of it as values."""
         plan, geometry, verdict = self.plan, self.geometry, self.verdict
-        labels, distances = plan.labels, geometry.distances
+        labels, distances = self.labels, geometry.distances
+        indices = self.table.members
         n_points = geometry.n_points
         coordinates = geometry.coordinates(min(MOST_COMPONENTS, n_points - 1))
         nearest = (distances + np.diag(np.full(n_points, np.inf))).min(axis=1)
@@ -169,8 +175,8 @@ class Compared:
             checkpoints=tuple(
                 TrajectoryPoint(
                     source=labels[at],
-                    step=plan.steps[at],
-                    epoch=plan.epochs[at],
+                    step=plan.steps[indices[at]],
+                    epoch=plan.epochs[indices[at]],
                     norm=float(geometry.norms[at]),
                     deviation=float(geometry.deviations[at]),
                     step_length=float(distances[at - 1, at]) if at else None,
@@ -278,6 +284,41 @@ def compare(
     if table is None:
         raise AssertionError("a comparison has a table")
     return Compared(plan=plan, table=table, device=chosen, seconds=time.perf_counter() - started)
+
+
+def compared_along(
+    table: GramTable | None, plan: AveragePlan, device: str, seconds: float
+) -> Compared | None:
+    """Return what was compared while an average was made; None if nothing was."""
+    if table is None or not table.n_elements.any():
+        return None
+    return Compared(plan=plan, table=table, device=device, seconds=seconds)
+
+
+def trajectory_notes(compared: Compared | None, before: Sequence[int]) -> list[str]:
+    """Return what a comparison along an average says.
+
+    Args:
+        compared: From ``compared_along``.
+        before: Blocks that an interrupted run had averaged: they are not read again.
+    """
+    if compared is None:
+        return []
+    verdict, plan = compared.verdict, compared.plan
+    notes = [f"trajectory ({verdict.kind}): {sentence}" for sentence in verdict.sentences]
+    left_out = sum(plan.blocks[block].numel for block in before)
+    if left_out:
+        notes.append(
+            f"trajectory: of the weights that were left to read; {left_out} values were averaged "
+            "before the interruption"
+        )
+    derived = len(plan.with_action(Action.DERIVE))
+    if derived:
+        notes.append(
+            f"trajectory: without {derived} tensors that are computed in groups; 'ckptavg "
+            "trajectory' compares what they are stored by"
+        )
+    return notes
 
 
 def _compared_blocks(plan: AveragePlan) -> list[int]:
