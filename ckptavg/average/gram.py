@@ -11,12 +11,13 @@ import numpy as np
 from ckptavg.average.buffers import Buffers
 from ckptavg.average.chunks import first_name, nonfinite_error
 from ckptavg.average.floats import BITS, NUMPY_DTYPES, SIXTEEN, Array
-from ckptavg.average.work import Job
+from ckptavg.average.work import Job, MiB
 from ckptavg.blocks import Chunk
 from ckptavg.geometry import GramTable
 from ckptavg.tensors import BFLOAT16, DType
 
-_TILE_NUMEL = 2048  # of each checkpoint: twenty of them, as float64, stay in the second cache
+_TILE_NUMEL = 2**15  # of each checkpoint, where they are few: a thread holds Python's lock for each
+_TILES_NBYTES = 5 * MiB  # of all checkpoints, as float64
 _STRIP_NUMEL = 512  # of a tile: products so small are left to one thread by the libraries
 
 
@@ -38,8 +39,8 @@ class Gram:
         self._buffers = buffers
         if self._table is not None:
             size = len(self._table.members)
-            self._tile = np.empty((size, _TILE_NUMEL))
-            self._words = np.empty((size, _TILE_NUMEL), np.uint32)
+            self._tile = np.empty((size, _tile_numel(size)))
+            self._words = np.empty(self._tile.shape, np.uint32)
 
     def start(self, chunk: Chunk) -> None:
         """Begin a chunk."""
@@ -68,9 +69,9 @@ class Gram:
     @np.errstate(all="ignore")  # what is not finite is looked for
     def _products(self, table: GramTable, place: slice) -> Array:
         size, middle = len(table.members), table.reference
-        total = np.zeros((size, size))
-        for first in range(place.start, place.stop, _TILE_NUMEL):
-            numel = min(_TILE_NUMEL, place.stop - first)
+        total, step = np.zeros((size, size)), self._tile.shape[1]
+        for first in range(place.start, place.stop, step):
+            numel = min(step, place.stop - first)
             padded = -(-numel // _STRIP_NUMEL) * _STRIP_NUMEL
             tile = self._tile[:, :padded]
             tile[:, numel:] = 0
@@ -119,6 +120,13 @@ def gram_nbytes(chunk_nbytes: int, dtype: DType, n_members: int) -> int:
     if not n_members:
         return 0
     numel = chunk_nbytes // dtype.itemsize + 2
-    tiles = n_members * _TILE_NUMEL * (8 + 4)
-    strips = _TILE_NUMEL // _STRIP_NUMEL * n_members**2 * 8
+    tile_numel = _tile_numel(n_members)
+    tiles = n_members * tile_numel * (8 + (4 if dtype is BFLOAT16 else 0))
+    strips = tile_numel // _STRIP_NUMEL * n_members**2 * 8
     return n_members * numel * dtype.itemsize + tiles + 3 * strips
+
+
+def _tile_numel(n_members: int) -> int:
+    """Return how many elements of each checkpoint are worked on at once: whole strips."""
+    fitting = _TILES_NBYTES // (8 * n_members)
+    return max(min(fitting, _TILE_NUMEL) // _STRIP_NUMEL, 1) * _STRIP_NUMEL

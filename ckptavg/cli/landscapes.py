@@ -64,7 +64,7 @@ def landscape_options(
         ),
         click.option(
             "--overwrite", is_flag=True,
-            help="Replace DIR if it holds nothing but files of this command, in one step at the end.",
+            help="Replace DIR if it holds only files of this command, in one step at the end.",
         ),
         click.option(
             "--no-plot", is_flag=True,

@@ -277,7 +277,7 @@ def mode_of(metric: str) -> Mode:
 
 
 def best_of(metric: str) -> str:
-    """Say what ``mode_of`` looks for; of a metric whose name tells no direction, just the lowest."""
+    """Say what ``mode_of`` looks for: the lowest, where a name does not tell what is better."""
     try:
         best_mode(metric)
     except UsageError:

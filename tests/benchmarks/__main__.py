@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -356,6 +357,51 @@ def layouts(checkpoints: int, **common: Any) -> None:
             for name, own in runs.items()
         ]
         _echo_table("layout,wall s,x safetensors,RssAnon MB,device MB", rows)
+
+
+@main.command()
+@common_options
+@click.option("--set", "set_name", default="llama-f32", type=click.Choice(SETS))
+@checkpoints_option(2)
+def trajectory(set_name: str, checkpoints: int, **common: Any) -> None:
+    """Compare comparing checkpoints with averaging them: one pass over the same bytes.
+
+    "pass s" is what ckptavg itself measures of the pass, without the start of the process; the
+    ratio is the median of the rounds' ratios.
+
+    \b
+    Example:
+      python -m tests.benchmarks trajectory --gb 0.2 --checkpoints 20 --json trajectory.json
+    """
+    with prepared(**common) as bench:
+        inputs = bench.make(set_name, checkpoints)
+        compared = bench.outputs / "compared"
+        comparing = (
+            sys.executable, "-m", "ckptavg", "trajectory", *map(str, inputs.paths),
+            "-o", str(compared), "--no-plot", "--json", "--device", bench.device,
+        )  # fmt: skip
+        contenders = [
+            ckptavg(inputs, bench.outputs, bench.device),
+            Contender(name="trajectory", commands=(comparing,), output=compared, due_nbytes=0),
+        ]
+        runs = bench.measure(inputs, contenders)
+        click.echo(f"\n{_described(inputs)}, on {bench.device}")
+        passes = {
+            name: [one.reports[0].get("average_seconds", one.reports[0]["seconds"]) for one in own]
+            for name, own in runs.items()
+        }
+        rows = [
+            [name, f"{typical(own):.3f}", f"{median(passes[name]):.3f}", *_memory(own)]
+            for name, own in runs.items()
+        ]
+        _echo_table("run,wall s,pass s,RssAnon MB,device MB", rows)
+        of_passes = [
+            one / other for one, other in zip(passes["trajectory"], passes["ckptavg"], strict=True)
+        ]
+        click.echo(
+            f"trajectory / average: pass {median(of_passes):.2f}, "
+            f"whole process {ratio(runs['trajectory'], runs['ckptavg']):.2f}"
+        )
 
 
 def spread_counts(checkpoints: int, n_schemes: int) -> list[int]:
