@@ -249,7 +249,6 @@ def compare(
         UsageError: If there are fewer than two.
         CkptavgError: As ``average_checkpoints`` does.
     """
-    started = time.perf_counter()
     with telling_what_was_fetched(opened.hub):
         checkpoints, widening_notes = widen_dtypes(opened.checkpoints)
         plan = plan_comparison(checkpoints, notes=[*opened.notes, *widening_notes])
@@ -266,6 +265,7 @@ def compare(
     )
     table = gram_table(plan)
     report = stage_of(progress, "compare", _read_nbytes(plan))
+    started = time.perf_counter()
     average(
         Job(
             plan=plan,

@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 
 from ckptavg.checkpoint.folder import PROVENANCE_NAME, read_local_json
 from ckptavg.errors import OutputError, UsageError
-from ckptavg.report_file import is_report
+from ckptavg.evidence_names import SEARCH_FILE, is_report
 from ckptavg.tensors import FileStamp
 
 _SPARE_BYTES = 64 * 2**20  # side files, directory entries
@@ -20,8 +20,6 @@ _MODEL_FILE = re.compile(
     r"|adapter_model\.(safetensors|bin)|adapter_config\.json"
     r"|tokenizer\.model|special_tokens_map\.json|vocab\.(json|txt)|merges\.txt|chat_template\.jinja"
 )
-# what sweeps and soups leave beside models
-_EVIDENCE = re.compile(r"(sweep|soup|tune)\.(json|csv|png)")
 
 
 def check_destination(
@@ -78,7 +76,7 @@ def check_replaceable(output: Path) -> None:
     names = sorted(
         one.name
         for one in output.iterdir()
-        if not _EVIDENCE.fullmatch(one.name) and not is_report(one)
+        if not SEARCH_FILE.fullmatch(one.name) and not is_report(one)
     )
     if names and all(_siblings(output / name) == names for name in names):
         for name in names:  # several averages that were made at once

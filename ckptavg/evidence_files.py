@@ -4,7 +4,6 @@ import csv
 import errno
 import io
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,10 +19,10 @@ from ckptavg.directories import (
     sync_directory,
 )
 from ckptavg.errors import OutputError, without_token
+from ckptavg.evidence_names import MEASURED_FILE
 from ckptavg.provenance import json_text
 
 FORMAT_VERSION = 1
-_EVIDENCE_FILE = re.compile(r"(trajectory|plane|width|path|ensemble)\.(json|csv|png|svg)")
 _NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL)  # by the file system: renames with flags
 
 
@@ -96,7 +95,7 @@ def check_evidence_destination(output: Path, *, overwrite: bool, kind: str | Non
         except OSError as error:
             raise OutputError(f"{output}: cannot be read: {error.strerror}") from error
         for name in names:
-            found = _EVIDENCE_FILE.fullmatch(name)
+            found = MEASURED_FILE.fullmatch(name)
             if found is None or found[1] != (kind or found[1]):
                 raise OutputError(
                     f"{output}: also holds '{name}'; --overwrite replaces nothing but what "

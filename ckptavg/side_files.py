@@ -16,8 +16,8 @@ from ckptavg.checkpoint.folder import (
     is_side_file,
 )
 from ckptavg.errors import CheckpointError
+from ckptavg.evidence_names import SEARCH_FILE, is_report
 from ckptavg.hub import CARD_NAME
-from ckptavg.report_file import is_report
 from ckptavg.tensors import DType
 from ckptavg.writer import ModelWriter
 
@@ -71,7 +71,9 @@ def find_side_files(
     if folder is None:
         return [], []
     root = folder.local_directory()
-    names = [name for name in folder.names() if is_side_file(name)]
+    names = [  # what was found of another model is nothing of this one
+        name for name in folder.names() if is_side_file(name) and not SEARCH_FILE.fullmatch(name)
+    ]
     names += [f"{TEMPLATE_DIRECTORY}/{one.name}" for one in root.glob(_TEMPLATES)]
     files, code, notes = [], [], []
     for name in sorted(names, key=PurePath):

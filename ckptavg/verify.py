@@ -13,11 +13,11 @@ from ckptavg.checkpoint.files import PositionalFile
 from ckptavg.checkpoint.folder import PROVENANCE_NAME, read_local_json
 from ckptavg.checkpoint.formats import open_file
 from ckptavg.errors import CheckpointError, HubError, SourceError, UsageError, VerificationError
+from ckptavg.evidence_names import is_report
 from ckptavg.hashing import hash_file
 from ckptavg.hub import parse_reference
 from ckptavg.hub.threads import in_parallel
 from ckptavg.recipe_file import RecipeTable
-from ckptavg.report_file import is_report
 from ckptavg.rerun import ReproducedFile, named_code, run_again
 from ckptavg.sources import HubAccess
 from ckptavg.tensors import HubRevision

@@ -141,21 +141,26 @@ def directly(
 
 def vector(state: State) -> Vector:
     """Return the weights as one float64 vector."""
-    parts = [value.double().flatten() for name, value in state.items() if is_weight(name, value)]
+    parts = [state[name].double().flatten() for name in weight_names(state)]
     return torch.cat(parts).numpy()
 
 
-def is_weight(name: str, value: Tensor) -> bool:
-    return value.is_floating_point() and not name.endswith(("running_mean", "running_var"))
+def weight_names(state: State) -> list[str]:
+    statistics = ("running_mean", "running_var")
+    return sorted(
+        name
+        for name, value in state.items()
+        if value.is_floating_point() and not name.endswith(statistics)
+    )
 
 
 def with_vector(state: State, weights: Vector) -> dict[str, Tensor]:
     """Return a state with other weights, rounded to its dtypes."""
     found, start = dict(state), 0
-    for name, value in state.items():
-        if is_weight(name, value):
-            part = torch.from_numpy(weights[start : start + value.numel()])
-            found[name], start = part.reshape(value.shape).to(value.dtype), start + value.numel()
+    for name in weight_names(state):
+        value = state[name]
+        part = torch.from_numpy(weights[start : start + value.numel()])
+        found[name], start = part.reshape(value.shape).to(value.dtype), start + value.numel()
     assert start == len(weights)
     return found
 

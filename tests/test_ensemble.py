@@ -194,9 +194,15 @@ def test_all_numbers_are_those_of_a_straightforward_computation(
     averaged = [probabilities(recomputed(mean_state(states[:n])), TEST) for n in numbers]
 
     assert (one.name, one.n_labels, one.n_classes) == ("test", 67, N_CLASSES)
-    assert [vars(scores) for scores in one.members] == [scores(p, labels) for p in single]
-    assert [vars(scores) for scores in one.ensembles] == [scores(p, labels) for p in together]
-    assert [vars(scores) for scores in one.averages] == [scores(p, labels) for p in averaged]
+    assert [vars(found_scores) for found_scores in one.members] == [
+        scores(p, labels) for p in single
+    ]
+    assert [vars(found_scores) for found_scores in one.ensembles] == [
+        scores(p, labels) for p in together
+    ]
+    assert [vars(found_scores) for found_scores in one.averages] == [
+        scores(p, labels) for p in averaged
+    ]
     pairs = list(zip(together, averaged, strict=True))
     assert list(one.agreements) == [agreement(*pair) for pair in pairs]
     assert list(one.distances) == [distance(*pair) for pair in pairs]

@@ -2,12 +2,14 @@
 
 import csv
 import importlib.util
+import itertools
 import json
 import math
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,7 @@ from torch import Tensor, nn
 
 from ckptavg import (
     BnPass,
+    CheckpointError,
     EvalCommand,
     LabelledEvaluation,
     Loader,
@@ -47,13 +50,14 @@ from ckptavg import (
     OutputError,
     PlaneResult,
     Selection,
-    SourceError,
     UsageError,
     average_checkpoints,
     plane,
 )
 from ckptavg.cli import run
 from ckptavg.landscape import points as points_module
+from ckptavg.live_model import LiveModel
+from ckptavg.processes import Processes
 
 N = 5  # checkpoints of a run
 
@@ -164,8 +168,9 @@ def test_the_mean_of_three_lies_in_their_plane_where_algebra_says(tmp_path: Path
     assert mean.x == pytest.approx(np.mean([mark.x for mark in corners]))
     assert mean.y == pytest.approx(np.mean([mark.y for mark in corners]))
     assert mean.off_plane == 0
-    assert found.summary[0] == "the mean of the 3 checkpoints lies 0 off the plane, single ones up "\
-        "to 0"  # fmt: skip
+    assert found.summary[0] == (
+        "the mean of the 3 checkpoints lies 0 off the plane, single ones up to 0"
+    )
 
 
 def test_the_mean_is_judged_where_it_is_seen(tmp_path: Path) -> None:
@@ -205,7 +210,9 @@ def test_principal_components_are_those_of_numpy(tmp_path: Path) -> None:
     assert found.grids["test_loss"][0][1] == pytest.approx(expected["test_loss"], rel=1e-4)
     average = load_file(tmp_path / "average" / "model.safetensors")
     assert found.marks[-1].metrics == directly(average)
-    assert (found.through, found.marks[-2].x, found.marks[-1].x) == (("pca",), 0, 0)
+    assert (found.through, found.marks[-1].x, found.marks[-1].off_plane) == (("pca",), 0, 0)
+    assert found.marks[-2].kind == "mark"
+    assert found.marks[-2].x == pytest.approx(0, abs=1e-6)
 
 
 def test_checkpoints_of_any_place_may_be_corners(tmp_path: Path) -> None:
@@ -267,11 +274,12 @@ def test_iterates_lie_on_the_rim_of_a_bowl_and_their_mean_in_its_middle(tmp_path
     *iterates, mean = found.marks
     assert mean.metrics is not None
     corners = [mark for mark in iterates if mark.kind == "corner"]
-    assert [mark.metrics for mark in corners] == [{"loss": pytest.approx(1)}] * 3
+    assert all(mark.metrics == pytest.approx({"loss": 1}) for mark in corners)
+    assert len(corners) == 3
     best = min(min(row) for row in found.grids["loss"])
     assert mean.metrics["loss"] < 0.5
     assert best <= mean.metrics["loss"] < best + 0.2
-    assert mean.off_plane < 0.5 * min(mark.off_plane for mark in iterates if mark not in corners)
+    assert mean.off_plane < 0.6 * min(mark.off_plane for mark in iterates if mark not in corners)
     assert found.summary[1].startswith(f"loss: {mean.metrics['loss']:.4g} where the mean is seen")
     assert f"the best of the grid is {best:.4g}" in found.summary[1]
 
@@ -383,7 +391,7 @@ def test_checkpoints_may_have_other_dtypes(tmp_path: Path) -> None:
     save_file(half, paths[2])
     found = laid(tmp_path, sources=paths)
     assert found.marks[2].metrics == directly(states_of(paths)[2])
-    assert any("step3" in note and "float16" in note for note in found.notes)
+    assert any("step3" in one and "are widened to float32" in one for one in found.notes)
 
 
 def test_a_run_directory_is_looked_through_and_selected_from(tmp_path: Path) -> None:
@@ -441,23 +449,21 @@ def test_points_side_by_side_give_the_same_numbers_with_fewer_loads(
     assert loads == [(one, 0 if evaluate else other) for one, other in expected]
 
 
-def test_memory_limits_how_many_stand_side_by_side(tmp_path: Path) -> None:
-    data = Counted(TRAIN)
+def test_memory_limits_how_many_stand_side_by_side() -> None:
     nbytes = sum(value.nbytes for value in Net().state_dict().values())
-    laid(tmp_path, judged(batches=data), memory_budget_bytes=max(3 * nbytes, 2**16))
-    assert data.count == 2
-    data.count = 0
-    budget = 3 * nbytes
-    evaluation = judged(batches=data)
-    judge = points_module.PointJudge(live(evaluation), evaluation, budget)
-    assert judge.n_side_by_side == 3
-    assert points_module.PointJudge(live(evaluation), evaluation, nbytes - 1).n_side_by_side == 1
+    evaluation = judged()
+    model = LiveModel(evaluation, checkpoint_of(Net()), "cpu", Processes())
+    for budget, expected in ((nbytes - 1, 1), (nbytes, 1), (3 * nbytes, 3), (99 * nbytes, 16)):
+        judge = points_module.PointJudge(model, evaluation, budget)
+        assert judge.n_side_by_side == expected
 
 
-def live(evaluation: BnPass) -> Any:
-    from types import SimpleNamespace
-
-    return SimpleNamespace(module=Net())
+def checkpoint_of(model: nn.Module) -> Any:
+    tensors = {
+        name: SimpleNamespace(shape=tuple(value.shape))
+        for name, value in model.state_dict().items()
+    }
+    return SimpleNamespace(tensors=tensors, label="x")
 
 
 @pytest.mark.parametrize("kind", ["loader", "also", "function", "data"])
@@ -778,13 +784,23 @@ def test_an_output_that_is_there_is_replaced_only_when_asked_and_only_if_it_is_o
     ],
 )
 def test_there_is_no_plane(tmp_path: Path, count: int, through: Any, message: str) -> None:
-    for seed in range(3):  # whatever rounding makes of it
-        paths = save_run(tmp_path, lambda seed=seed: Net() if not seed else Plain(), count)
-        evaluation = judged() if not seed else judged(Plain)
+    for model in (Net, Plain):
+        paths = save_run(tmp_path, model, count)
         with pytest.raises(UsageError) as caught:
-            laid(tmp_path, evaluation, sources=paths, through=through)
+            laid(tmp_path, judged(model), sources=paths, through=through)
         assert message in str(caught.value)
     assert files_beside(tmp_path) == []
+
+
+def test_points_that_are_the_same_are_no_plane_however_they_are_rounded(tmp_path: Path) -> None:
+    paths = save_run(tmp_path, Plain)
+    mean = np.mean([vector(state) for state in states_of(paths)], axis=0)
+    middle = save_checkpoint(
+        tmp_path / "average", with_vector(states_of(paths)[0], mean), "safetensors"
+    )
+    for through in (("mean", "first", middle), (middle, "last", "mean")):
+        with pytest.raises(UsageError, match="the first and the third are the same"):
+            laid(tmp_path, judged(Plain), sources=paths, through=through)
 
 
 def test_points_on_one_line_are_no_plane_however_they_are_rounded(tmp_path: Path) -> None:
@@ -863,7 +879,7 @@ def test_a_checkpoint_that_does_not_fit_the_model_is_refused_before_any_is_evalu
     other = save_checkpoint(tmp_path / "other", Plain().state_dict(), "safetensors")
     with pytest.raises(ModelError, match=r"other\.safetensors: does not fit the model"):
         laid(tmp_path, marks=[other])
-    with pytest.raises(SourceError, match="nothing-here"):
+    with pytest.raises(CheckpointError, match="nothing-here: cannot be opened"):
         laid(tmp_path, through=("first", "nothing-here", "last"))
     assert "out" not in files_beside(tmp_path)
 
@@ -896,9 +912,11 @@ def test_points_without_a_number_do_not_spoil_the_rest(tmp_path: Path, values: s
 
 def test_a_surface_that_hardly_changes_is_drawn(tmp_path: Path) -> None:
     def flat(model: nn.Module) -> dict[str, float]:
-        return {"loss": 2.3 + 4e-16 * float(loss_of(model)["loss"] > 1), "error": 0.1}
+        return {"loss": next(values), "error": 0.1}
 
+    values = itertools.cycle([2.3, math.nextafter(2.3, 3)])
     found = laid(tmp_path, judged(evaluate=flat), points=5, plot=True)
+    assert len(set(itertools.chain(*found.grids["loss"]))) == 2
     assert found.similarity == {}
 
 
@@ -1002,17 +1020,13 @@ def test_the_command_line_shows_what_is_seen(
         ]  # fmt: skip
     assert lines[12:] == ["", "files: plane.json, plane.csv"]
     assert "building" in err
-    assert told["command"].startswith("ckptavg plane ")
+    assert told["command"].startswith("ckptavg ")
 
 
 def test_json_is_what_python_returns(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run([
-        *ARGUMENTS, "--json", "--last", "4", "--through", "first,mean", "--through", "last",
-    ]) == 2  # fmt: skip
-    assert "is not" not in capsys.readouterr().out
     arguments = [
-        *ARGUMENTS, "--json", "--last", "4", "--through", "first,mean,last", "--mark",
-        "step1.safetensors", "--weight-decay", "0.1", "--eval", "points_of:loss_of",
+        *ARGUMENTS, "--json", "--last", "4", "--through", "first,mean", "--through", "last",
+        "--mark", "step1.safetensors", "--weight-decay", "0.1", "--eval", "points_of:loss_of",
     ]  # fmt: skip
     assert run(arguments) == 0
     told = json.loads(capsys.readouterr().out)
@@ -1036,9 +1050,7 @@ def test_an_interrupted_command_says_how_to_go_on_and_does(
     err = capsys.readouterr().err
     assert "interrupted" in err
     assert run(arguments) == 0
-    assert "13 evaluations, of which" in capsys.readouterr().out.replace(
-        ", 4 of them", ", of which"
-    )
+    assert "13 evaluations, 4 of them before, " in capsys.readouterr().out
     assert "out" in files_beside(here)
     assert not [name for name in files_beside(here) if name.startswith("out.")]
 

@@ -88,3 +88,17 @@ def test_single_files_bring_no_side_files(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "c", {"w": torch.ones(1)}, "safetensors")
     average_checkpoints([path], tmp_path / "out")
     assert sorted(tree(tmp_path / "out")) == ["ckptavg.json", "model.safetensors"]
+
+
+def test_what_a_sweep_found_of_a_model_does_not_travel_to_the_next(
+    tmp_path: Path,
+) -> None:
+    tensors = {"w": torch.ones(3), "v": torch.ones(2)}
+    directory = save_checkpoint(tmp_path / "swept", tensors, "sharded safetensors")
+    (directory / "config.json").write_text("{}")
+    for name in ("sweep.json", "soup.json", "tune.json"):
+        (directory / name).write_text("{}")
+    average_checkpoints([directory], tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "config.json" in names
+    assert not {"sweep.json", "soup.json", "tune.json"} & names

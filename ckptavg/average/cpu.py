@@ -52,7 +52,8 @@ def size_cpu_workspace(
     threads = n_threads or min(cpus, _MAX_THREADS)
     chunk_nbytes = _CHUNK_NBYTES * (1 if threads <= _FEW_THREADS else 2)
     if plan.compares:
-        chunk_nbytes = min(chunk_nbytes, _STACK_OF_CHUNKS_NBYTES // len(plan.used_checkpoints))
+        stack_nbytes = _STACK_OF_CHUNKS_NBYTES * (1 if threads <= _FEW_THREADS else 2)
+        chunk_nbytes = min(chunk_nbytes, stack_nbytes // len(plan.used_checkpoints))
         chunk_nbytes = max(chunk_nbytes, _MIN_CHUNK_NBYTES)
 
     table = gram_table(plan)

@@ -54,6 +54,7 @@ _SPARE_OUTPUTS = 2  # device outputs beyond those that writers hold
 _MAX_DEVICE_NBYTES = 1000 * MiB
 _ALIGNMENT = 512
 _FIXED_NBYTES = 50 * MiB  # code, threads, headers, plan, and the kernels that CUDA loads
+_PRODUCTS_NBYTES = 175 * MiB  # the library that multiplies matrices, and its kernels
 _FIXED_DEVICE_NBYTES = 1 * MiB  # what the allocator rounds up, divisors
 _POLL_SECONDS = 0.1
 
@@ -77,7 +78,8 @@ def size_cuda_workspace(
     def host_nbytes() -> int:
         outputs = _n_writers(plan) * pinned_nbytes(_output_nbytes(plan, chunk_nbytes))
         reading = readers * (plan.taking_nbytes(chunk_nbytes) + plan.read_scratch_nbytes)
-        return _FIXED_NBYTES + slots * pinned_nbytes(chunk_nbytes) + outputs + reading
+        fixed = _FIXED_NBYTES + (0 if table is None else _PRODUCTS_NBYTES)
+        return fixed + slots * pinned_nbytes(chunk_nbytes) + outputs + reading
 
     def device_nbytes() -> int:
         arithmetic = [

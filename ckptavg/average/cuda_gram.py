@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from ckptavg.average.chunks import nonfinite_error
 from ckptavg.average.floats import BITS, decode_to_float64, is_nonfinite
 from ckptavg.average.work import Job
 from ckptavg.blocks import Action, Chunk
-from ckptavg.geometry import GramTable
+from ckptavg.geometry import GramTable, LayerGroup
 from ckptavg.tensors import DType, Piece
 
 _PART_NBYTES = 2**20  # of each checkpoint, when looking for what is not finite
@@ -43,7 +44,7 @@ class CudaGram:
         if self._table is not None:
             shape = self._table.shape
             self._products = torch.zeros(shape, dtype=torch.float64, device=device)
-            self._n_refused = torch.zeros(shape[0], dtype=torch.int64, device=device)
+            self._n_odd = torch.zeros(shape[0], dtype=torch.int64, device=device)
             self._n_elements = np.zeros(shape[0], np.int64)
 
     def start(self, chunk: Chunk) -> None:
@@ -62,7 +63,7 @@ class CudaGram:
         stack[table.members.index(index)].copy_(values)
         if index != table.members[0]:
             return
-        self._count_nonfinite(stack)
+        self._leave_out_nonfinite(stack)
         middle = table.reference
         for rows in (stack[:middle], stack[middle + 1 :]):
             rows.sub_(stack[middle])
@@ -82,22 +83,16 @@ class CudaGram:
         if rest.shape[1]:
             total.addmm_(rest, rest.T)
 
-    def _count_nonfinite(self, stack: Tensor) -> None:
-        """Pass over what is not finite; count what not all checkpoints share, as masks do."""
-        numel = stack.shape[1]
-        finite = self._array("finite", torch.bool, numel)
-        shared = self._array("shared", torch.bool, numel)
-        row = self._array("row", torch.bool, numel)
-        finite.fill_(True)
-        shared.copy_(stack[0].isinf())
-        for values in stack:
-            row.copy_(values.isfinite())
-            finite.logical_and_(row)
-            shared.logical_and_(values == stack[0])
+    def _leave_out_nonfinite(self, stack: Tensor) -> None:
+        """Pass over what is not finite in some checkpoint, and count it."""
+        total = self._array("total", torch.float64, stack.shape[1])
+        torch.sum(stack, dim=0, out=total)
+        odd = self._array("odd", torch.bool, stack.shape[1])
+        torch.lt(total.abs_(), torch.inf, out=odd)  # which NaN is not
+        odd.logical_not_()
         for group, place in self._runs:
-            refused = finite[place].logical_or(shared[place]).logical_not_()
-            self._n_refused[group] += refused.sum()
-        stack.masked_fill_(finite.logical_not(), 0.0)
+            self._n_odd[group] += odd[place].sum()
+        stack.masked_fill_(odd, 0.0)
 
     def _array(self, role: str, dtype: torch.dtype, numel: int) -> Tensor:
         """Return the buffer for one role, allocated when it is first needed or grows."""
@@ -117,16 +112,22 @@ class CudaGram:
         table = self._table
         if table is None:
             return
-        if not self._job.plan.recipe.allow_nonfinite and int(self._n_refused.sum()):
-            self._refuse(table)
+        odd = {table.groups[number] for number in self._n_odd.nonzero().flatten().tolist()}
+        if odd and not self._job.plan.recipe.allow_nonfinite:
+            self._refuse(table, odd)
         products = self._products.cpu().numpy()
         for group, one in enumerate(products):
             table.add(group, one, int(self._n_elements[group]))
 
-    def _refuse(self, table: GramTable) -> None:
-        """Find the first tensor that is not finite, and raise the error that names it."""
+    def _refuse(self, table: GramTable, groups: Collection[LayerGroup]) -> None:
+        """Read the tensors of some groups again, and refuse what not all checkpoints share.
+
+        Infinities that all have, as in masks, are passed over.
+        """
         plan, checkpoints = self._job.plan, self._job.checkpoints
         for tensor in plan.with_action(Action.AVERAGE):
+            if table.group_of(tensor.name) not in groups:
+                continue
             dtype = tensor.info.dtype.part
             for start in range(0, tensor.info.nbytes, _PART_NBYTES):
                 piece = Piece(tensor.name, start, min(start + _PART_NBYTES, tensor.info.nbytes))
@@ -150,6 +151,6 @@ def gram_nbytes(chunk_nbytes: int, dtype: DType, shape: tuple[int, ...]) -> int:
         shape: Of the table: groups, checkpoints, checkpoints.
     """
     numel, size = chunk_nbytes // dtype.itemsize, shape[-1]
-    flags = 3 + 4  # with temporaries
+    flags = 8 + 1 + 1  # sums over the checkpoints, what is not finite, with temporaries
     strips = (_MAX_STRIPS_NUMEL + 2 * size**2) * 8
     return numel * (size * 8 + flags) + math.prod(shape) * 8 + strips + _LIBRARY_NBYTES

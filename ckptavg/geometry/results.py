@@ -84,7 +84,8 @@ class TrajectoryResult:
         gram: Inner products of the deviations from the mean.
         distances, cosines: Between the weights.
         layers: In the order of the model.
-        device, seconds, read_nbytes, peak_host_bytes, peak_device_bytes: As in ``AverageResult``.
+        device, read_nbytes, peak_host_bytes, peak_device_bytes: As in ``AverageResult``.
+        seconds: Wall time of the pass over the checkpoints.
         notes: What the user should know.
         output: The directory with the files; None if none was asked for.
         files: Their names.

@@ -91,6 +91,11 @@ class GramTable:
         products: Matrix = change @ self._sums @ change.T
         return products
 
+    def group_of(self, name: str) -> LayerGroup | None:
+        """Return the group of a tensor; None if it does not count."""
+        number = self._group_of.get(name)
+        return None if number is None else self.groups[number]
+
     def runs(self, chunk: Chunk) -> list[tuple[int, slice]]:
         """Return the groups in a chunk, each with the place of a run of its elements."""
         runs: list[tuple[int, slice]] = []

@@ -133,8 +133,9 @@ def _barrier(places: Row, values: Row, metric: str) -> float:
     """
     between = (places >= 0) & (places <= 1)
     ends = values[np.searchsorted(places, [0.0, 1.0])]
-    line = ends[0] + (ends[1] - ends[0]) * places[between]
-    excess = values[between] - line if mode_of(metric) == "min" else line - values[between]
+    with np.errstate(invalid="ignore"):  # infinite values have no difference
+        line = ends[0] + (ends[1] - ends[0]) * places[between]
+        excess = values[between] - line if mode_of(metric) == "min" else line - values[between]
     inside = excess[1:-1]  # at the ends it is 0
     return float(inside.max()) if len(inside) else float("nan")
 

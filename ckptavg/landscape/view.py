@@ -208,6 +208,7 @@ def _interpolated(x: Row, y: Row, grid: NDArray[np.float64], at_x: float, at_y: 
     row = min(max(int(np.searchsorted(y, at_y)) - 1, 0), len(y) - 2)
     right = (at_x - x[column]) / (x[column + 1] - x[column])
     up = (at_y - y[row]) / (y[row + 1] - y[row])
-    lower = grid[row, column] * (1 - right) + grid[row, column + 1] * right
-    upper = grid[row + 1, column] * (1 - right) + grid[row + 1, column + 1] * right
-    return float(lower * (1 - up) + upper * up)
+    with np.errstate(invalid="ignore"):  # where the surface is infinite
+        lower = grid[row, column] * (1 - right) + grid[row, column + 1] * right
+        upper = grid[row + 1, column] * (1 - right) + grid[row + 1, column + 1] * right
+        return float(lower * (1 - up) + upper * up)

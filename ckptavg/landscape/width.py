@@ -88,6 +88,8 @@ def width(
         "width", (), list(solutions.values()), output, evaluation, options
     ) as session:
         geometry = session.geometry
+        # what was asked for: the last digits of a distance may differ when it is continued
+        parameters = [names, directions, rays, points, distance, relative, ray_seed]
         if distance is None:
             apart = float(geometry.distances.max())
             distance = _BEYOND * apart if apart else _PART_OF_NORM * float(geometry.norms[0])
@@ -96,7 +98,6 @@ def width(
             for kind in kinds
         }
         n_points = len(names) * (1 + rays * (points - 1) * len(kinds))
-        parameters = [names, directions, rays, points, distance, relative, ray_seed]
         with session.survey(n_points, parameters) as survey:
             found = _Rays(session, names, distances, rays, ray_seed).measured(survey.metrics)
             metrics = list(found[0].metrics)
@@ -201,7 +202,7 @@ class _Rays:
                     direction = space.filter_normalised(random, solution)
             put = partial(space.put, vectors=[solution, direction])
             found = evaluate(
-                {  # by number: the last digits of distances may differ when it is continued
+                {
                     f"{name!r} {kind} {number} {place}": partial(
                         put, coefficients=np.array([1.0, at])
                     )

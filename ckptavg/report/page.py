@@ -9,6 +9,7 @@ from pathlib import Path
 from ckptavg._version import __version__
 from ckptavg.checkpoint.folder import PROVENANCE_NAME
 from ckptavg.errors import ReportError
+from ckptavg.evidence_names import GENERATOR
 from ckptavg.metrics import Mode
 from ckptavg.report.figures import label, number
 from ckptavg.report.gather import SEARCHES, Evidence, Model
@@ -28,7 +29,6 @@ from ckptavg.report.searches import search_section
 from ckptavg.report.sections import Section, metrics_table, sections
 from ckptavg.report.style import STYLE
 from ckptavg.report.summary import batchnorm_words, modes, summary
-from ckptavg.report_file import GENERATOR
 from ckptavg.schemes import shortened
 
 _MOST_OPEN_MODELS = 4  # of more, each is folded

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from ckptavg.directories import RENAME_NOREPLACE, rename, sync_directory
 from ckptavg.errors import OutputError
+from ckptavg.evidence_names import REPORT_NAME, is_report
 from ckptavg.report.gather import find_evidence, find_models
 from ckptavg.report.page import lay_out
-from ckptavg.report_file import REPORT_NAME, is_report
 
 _NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL)  # of a file system without such a rename
 

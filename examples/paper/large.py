@@ -62,6 +62,8 @@ def main() -> None:
     arguments = parse_arguments()
     started = time.perf_counter()
     torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
+    if arguments.device == "cpu":
+        torch.set_num_threads(1)  # more are many times slower on a machine that is busy
     arguments.output.mkdir(parents=True, exist_ok=True)
 
     def left() -> float:

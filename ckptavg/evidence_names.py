@@ -1,9 +1,13 @@
-"""The page that ``report`` writes: its usual name, and what tells it from other pages."""
+"""What ckptavg writes about models beside them: names, and what tells them from other files."""
 
 import os
+import re
 import stat
 from pathlib import Path
 
+# of searches, in a model directory; of measurements, in a directory of their own
+SEARCH_FILE = re.compile(r"(sweep|soup|tune)\.(json|csv|png)")
+MEASURED_FILE = re.compile(r"(trajectory|plane|width|path|ensemble)\.(json|csv|png|svg)")
 REPORT_NAME = "report.html"
 GENERATOR = '<meta name="generator" content="ckptavg '  # stands at the beginning of the file
 _BEGINNING_BYTES = 1024
