@@ -90,7 +90,7 @@ def trajectory(
         CkptavgError: As ``average_checkpoints`` does.
     """
     if output is not None:
-        check_evidence_destination(Path(output), overwrite=overwrite)
+        check_evidence_destination(Path(output), overwrite=overwrite, kind="trajectory")
         if plot:
             from ckptavg.plots import require_matplotlib
 

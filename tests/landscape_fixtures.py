@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from conftest import save_checkpoint
 from numpy.typing import NDArray
@@ -19,6 +20,15 @@ from ckptavg.evaluate import evaluated
 N_CLASSES = 3
 State = Mapping[str, Tensor]
 Vector = NDArray[np.float64]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Let torch compute in one thread: models so small wait for a second one, on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Net(nn.Module):

@@ -16,6 +16,8 @@ from ckptavg import BatchNormError, BnReport, recompute_bn_stats
 from ckptavg.batchnorm import recompute_side_by_side
 from ckptavg.bn_options import BnOptions, Estimator
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLOCKS = {"seconds", "wait_seconds"}
 
 

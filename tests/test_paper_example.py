@@ -67,7 +67,7 @@ def by_curve(points: list[dict[str, str]]) -> dict[str, set[int]]:
 
 def test_a_language_model_is_averaged_and_decayed_within_its_time(tmp_path: Path) -> None:
     options = ["--only", "lm", "--device", "cpu", "--stable", "200000", "--more", "1000"]
-    printed = run_example("large.py", *options, "--minutes", "0.1", folder=tmp_path)
+    printed = run_example("large.py", *options, "--minutes", "0.03", folder=tmp_path)
     output = tmp_path / "paper-large-output"
     assert "ms a step" in printed
 
@@ -81,5 +81,4 @@ def test_a_language_model_is_averaged_and_decayed_within_its_time(tmp_path: Path
     assert max(losses.values()) < math.log(256)  # what a model that knows nothing has
     assert min(report["singles"]) <= losses["last checkpoint (constant)"]
     table = (output / "lm.md").read_text(encoding="utf-8")
-    assert len(re.findall(r"^\| .* % \|$", table, re.MULTILINE)) == 0
-    assert len(re.findall(r"^\| .*%? \|$", table, re.MULTILINE)) >= len(losses)
+    assert len(re.findall(r"^\| .* \| +-?\d+% \|$", table, re.MULTILINE)) == len(losses)

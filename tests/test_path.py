@@ -36,6 +36,8 @@ from ckptavg import PathResult, UsageError, average_checkpoints, path
 from ckptavg.cli import run
 from ckptavg.landscape import points as points_module
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def lined(folder: Path, evaluation: Any = None, **options: Any) -> PathResult:
     ends = options.pop("ends", None) or save_run(folder, count=2)
@@ -218,6 +220,33 @@ def test_where_there_is_no_number_between_the_ends_no_barrier_is_known(
 def test_without_a_point_between_the_ends_no_barrier_is_known(tmp_path: Path) -> None:
     found = lined(tmp_path, t=(0, 1), points=2)
     assert math.isnan(found.segments[0].barriers["test_loss"])
+
+
+def test_points_so_far_away_that_statistics_overflow_have_no_numbers(tmp_path: Path) -> None:
+    found = lined(tmp_path, t=(-1e39, 1e39), points=3)
+    (segment,) = found.segments
+    assert list(found.t) == [-1e39, 0, 1, 1e39]
+    for values in segment.metrics.values():
+        assert [math.isnan(value) for value in values] == [True, False, False, True]
+
+
+def test_layers_that_are_stored_by_parts_are_pointed_out(tmp_path: Path) -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.body(x)
+            return out
+
+    ends = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        ends.append(save_checkpoint(tmp_path / str(seed), Normed().state_dict(), "safetensors"))
+    found = lined(tmp_path, judged(Normed, batches=None), ends=ends)
+    (note,) = [note for note in found.notes if "stored by parts" in note]
+    assert "stored by parts (1), such as 'body.parametrizations.weight' (weight_norm)" in note
 
 
 # ---- interrupted and continued -------------------------------------------------------------------

@@ -59,6 +59,8 @@ from ckptavg.landscape import points as points_module
 from ckptavg.live_model import LiveModel
 from ckptavg.processes import Processes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N = 5  # checkpoints of a run
 
 

@@ -35,6 +35,8 @@ from ckptavg.cli import run
 from ckptavg.landscape import points as points_module
 from ckptavg.landscape.subspace import WeightSpace
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def rayed(folder: Path, evaluation: Any = None, **options: Any) -> WidthResult:
     solutions = options.pop("solutions", None)

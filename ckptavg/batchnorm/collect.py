@@ -266,6 +266,10 @@ def collect_side_by_side(
             ) from error
 
 
+class NonFiniteError(BatchNormError):
+    """A statistic is not finite, or not in the dtype of its buffer; other weights may do."""
+
+
 def _refuse_nonfinite(new: Mapping[NormLayer, tuple[Tensor, Tensor]]) -> None:
     """Refuse statistics that are not finite, or not in the dtype of their buffers.
 
@@ -283,14 +287,14 @@ def _refuse_nonfinite(new: Mapping[NormLayer, tuple[Tensor, Tensor]]) -> None:
     for layer, (mean, variance) in new.items():
         finite = torch.isfinite(mean) & torch.isfinite(variance)
         if not finite.all():
-            raise BatchNormError(
+            raise NonFiniteError(
                 f"layer '{layer.name}': {int((~finite).sum())} of {layer.n_features} channels have "
                 "non-finite statistics; the data or the weights hold infinity or NaN"
             )
         dtype = layer.variance.dtype
         fits = torch.isfinite(mean.to(dtype)) & torch.isfinite(variance.to(dtype))
         if not fits.all():
-            raise BatchNormError(
+            raise NonFiniteError(
                 f"layer '{layer.name}': {int((~fits).sum())} of {layer.n_features} channels have "
                 f"statistics too large for the {str(dtype).removeprefix('torch.')} of its buffers"
             )

@@ -100,7 +100,7 @@ def ensemble(
     started = time.perf_counter()
     labelled = check_ensemble(evaluation, members=members, order=order, plot=plot)
     output = Path(output)
-    check_evidence_destination(output, overwrite=overwrite)
+    check_evidence_destination(output, overwrite=overwrite, kind="ensemble")
     for name, value in (("n_threads", n_threads), ("memory_budget_bytes", memory_budget_bytes)):
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}, expected at least 1")

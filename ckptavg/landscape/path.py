@@ -38,7 +38,7 @@ def path(
     statistics are recomputed at every point. Both ends are among the points, whatever ``t`` and
     ``points`` are.
 
-    An interrupted run is continued by the same call: no point is evaluated twice.
+    An interrupted run is continued by the same call: what was evaluated is not done again.
 
     Args:
         start: The weights at t = 0: a checkpoint.

@@ -50,7 +50,7 @@ def plane(
     of the sources and their first two principal components. BatchNorm statistics are recomputed at
     every point. Everything else is projected, with its distance from the plane.
 
-    An interrupted run is continued by the same call: no point is evaluated twice.
+    An interrupted run is continued by the same call: what was evaluated is not done again.
 
     Args:
         sources: Checkpoints, as in ``average_checkpoints``; all are projected, and so is their

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from ckptavg.batchnorm import recompute_side_by_side
+from ckptavg.batchnorm.collect import NonFiniteError
 from ckptavg.batchnorm.layers import find_layers
-from ckptavg.errors import ModelError, UsageError
+from ckptavg.errors import BatchNormError, ModelError, UsageError
 from ckptavg.eval_command import EvalCommand
 from ckptavg.evaluate import checked_metrics, evaluated, evaluation_state
 from ckptavg.labelled import LabelledEvaluation, device_of
@@ -132,21 +133,45 @@ class Survey:
     def metrics(self, points: Mapping[str, Put]) -> dict[str, dict[str, float]]:
         """Return the metrics of points by their keys; a key is evaluated once.
 
+        Where BatchNorm statistics are not finite, as far away they may be, all metrics are NaN.
+
         Raises:
             CkptavgError: As ``PointJudge.metrics`` does; OutputError if the storage refuses.
         """
         due = [key for key in points if key not in self._known]
         self._report(len(points) - len(due))
-        step = self._judge.n_side_by_side
+        step, overflowed = self._judge.n_side_by_side, []
         for first in range(0, len(due), step):
             keys = due[first : first + step]
-            found = self._judge.metrics([points[key] for key in keys])
+            found = self._measured([points[key] for key in keys])
             for key, metrics in zip(keys, found, strict=True):
-                self._check_names(metrics)
-                self._scratch.note({"point": key, "metrics": metrics})
-                self._known[key] = metrics
+                if metrics is None:
+                    overflowed.append(key)
+                else:
+                    self._remember(key, metrics)
             self._report(len(keys))
+        for key in overflowed:
+            if not self._names:
+                raise BatchNormError(
+                    "the BatchNorm statistics are not finite at any point: the data or the "
+                    "weights hold infinity or NaN"
+                )
+            self._remember(key, dict.fromkeys(self._names, float("nan")))
         return {key: self._known[key] for key in points}
+
+    def _measured(self, puts: Sequence[Put]) -> Sequence[dict[str, float] | None]:
+        """Return the metrics of points; None where BatchNorm statistics overflow, far away."""
+        try:
+            return self._judge.metrics(puts)
+        except NonFiniteError:
+            if len(puts) == 1:
+                return [None]
+            return [metrics for put in puts for metrics in self._measured([put])]
+
+    def _remember(self, key: str, metrics: dict[str, float]) -> None:
+        self._check_names(metrics)
+        self._scratch.note({"point": key, "metrics": metrics})
+        self._known[key] = metrics
 
     def _check_names(self, metrics: Metrics) -> None:
         self._names = self._names or set(metrics)

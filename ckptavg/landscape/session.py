@@ -13,6 +13,9 @@ from ckptavg._version import __version__
 from ckptavg.average import DEFAULT_MEMORY_BUDGET_BYTES, choose_device
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.comparing import Compared, compare
+from ckptavg.derived import Group
+from ckptavg.derived.spectral_norm import find_spectral_norms
+from ckptavg.derived.weight_norm import find_weight_norms
 from ckptavg.errors import UsageError
 from ckptavg.eval_command import EvalCommand
 from ckptavg.evaluation_log import judge_text
@@ -223,7 +226,12 @@ def landscape_session(
             compared=compared,
             live=live,
             space=WeightSpace(live.module),
-            notes=[*compared.plan.notes, *fetched_notes(opened.hub), *doubts],
+            notes=[
+                *compared.plan.notes,
+                *fetched_notes(opened.hub),
+                *doubts,
+                *_stored_in_parts(opened.checkpoints),
+            ],
             device=device,
             judge=judge,
             started=started,
@@ -232,6 +240,21 @@ def landscape_session(
             kind=kind,
             options=options,
         )
+
+
+def _stored_in_parts(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Point out layers whose weights are no linear function of what is stored."""
+    tensors, labels = checkpoints[-1].tensors, [one.label for one in checkpoints]
+    groups: list[Group] = [
+        *find_weight_norms(tensors, labels), *find_spectral_norms(tensors, labels),
+    ]  # fmt: skip
+    if not groups:
+        return []
+    return [
+        f"layers are stored by parts ({len(groups)}), such as '{groups[0].module}' "
+        f"({groups[0].kind}): points are combinations of the parts, and the mean is not the one "
+        "that average publishes"
+    ]
 
 
 def _check_options(kind: str, options: LandscapeOptions, *, selects: bool) -> None:

@@ -51,7 +51,7 @@ def width(
     ones; ``filter`` gives each filter of d the norm of the solution's (Li et al. 2018) and leaves
     out what has one dimension.
 
-    An interrupted run is continued by the same call: no point is evaluated twice.
+    An interrupted run is continued by the same call: what was evaluated is not done again.
 
     Args:
         solutions: Name -> checkpoint.

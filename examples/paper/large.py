@@ -102,8 +102,13 @@ def parse_arguments() -> argparse.Namespace:
         "--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of the BN network"
     )
     parser.add_argument(
-        "--jobs", type=int, default=4, help="runs of the BN network at a time (%(default)s)"
-    )
+        "--setups", choices=["clean", "noisy"], nargs="+", default=["noisy"],
+        help="of the BN network: labels as they are, or a fifth of them redrawn (noisy)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--jobs", type=int, default=2,
+        help="runs of the BN network at a time (%(default)s): more share a GPU badly",
+    )  # fmt: skip
     return parser.parse_args()
 
 
@@ -284,7 +289,8 @@ def wide_batchnorm(
         replace(setup, budget_epochs=8, n_train=500, n_test=500)
         if arguments.tiny
         else replace(setup, width=arguments.width)
-        for setup in (CLEAN, NOISY)
+        for setup in (NOISY, CLEAN)
+        if setup.name in arguments.setups
     ]
     seeds: list[int] = arguments.seeds[:1] if arguments.tiny else arguments.seeds
     say(f"MNIST-1D, a network of width {setups[0].width}, {len(seeds)} seeds")
