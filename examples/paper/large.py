@@ -299,6 +299,9 @@ def wide_batchnorm(
         n_jobs=arguments.jobs, say=say, seconds=BN_SHARE * left(),
     )  # fmt: skip
     for setup in setups:
+        if not measured[setup.name]:
+            say(f"{setup.name}: no time was left for a single seed")
+            continue
         table = Table(setup, measured[setup.name])
         table.write(arguments.output)
         print(f"\n{len(measured[setup.name])} seeds\n{table.text()}")
