@@ -42,6 +42,7 @@ class Mark:
         name: Its label, or ``mean``.
         kind: ``corner``: the plane goes through it; ``iterate``: one of the sources; ``mean``: of
             all sources; ``mark``: a further one.
+        is_source: Whether it is one of the sources, and not a further checkpoint or a mean.
         x, y: Its projection; distances in weight space from the plane's origin.
         off_plane: Its distance from the plane.
         metrics: What the evaluation says: of a corner of it itself, of the mean of its projection;
@@ -52,6 +53,7 @@ class Mark:
 
     name: str
     kind: str
+    is_source: bool
     x: float
     y: float
     off_plane: float

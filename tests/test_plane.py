@@ -1022,7 +1022,7 @@ def test_the_command_line_shows_what_is_seen(
         ]  # fmt: skip
     assert lines[12:] == ["", "files: plane.json, plane.csv"]
     assert "building" in err
-    assert told["command"].startswith("ckptavg ")
+    assert told["command"].startswith("ckptavg")
 
 
 def test_json_is_what_python_returns(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -174,7 +174,8 @@ class View:
             kind = "corner" if at in corners else "iterate" if at < self.n_sources else "mark"
             place = self.seen(np.eye(len(self.labels))[at])
             metrics = exact[f"corner {corners[at]}"] if at in corners else None
-            found.append(_mark(label, kind, place, metrics, x, y, grids))
+            mark = _mark(label, kind, place, metrics, x, y, grids)
+            found.append(replace(mark, is_source=at < self.n_sources))
         kind = "corner" if corner_of_mean else "mean"
         metrics = exact[f"corner {corner_of_mean[0]}" if corner_of_mean else "mean"]
         return [*found, _mark("mean", kind, self.mean, metrics, x, y, grids)]
@@ -194,6 +195,7 @@ def _mark(
     return Mark(
         name=name,
         kind=kind,
+        is_source=False,
         x=place[0],
         y=place[1],
         off_plane=place[2],

@@ -78,19 +78,19 @@ def plane_pictures(
 def _draw_marks(panel: Axes, marks: Sequence[Mark]) -> None:
     """Draw the iterates as a path, corners and further weights under their names, the mean."""
     *marks, mean = marks
-    iterates = [mark for mark in marks if mark.kind != "mark"]
+    iterates = [mark for mark in marks if mark.is_source]
     edge = {"edgecolors": "white", "linewidths": 0.8}
     if iterates:
         along, across = [mark.x for mark in iterates], [mark.y for mark in iterates]
         panel.plot(along, across, "-", color="white", linewidth=0.7, alpha=0.8)
         panel.scatter(along, across, s=26, color=BLACK, label="checkpoints", zorder=3, **edge)  # type: ignore[arg-type]  # keywords
-    corners = [mark for mark in marks if mark.kind == "corner"]
+    corners = [mark for mark in iterates if mark.kind == "corner"]
     if corners:
         panel.scatter(
             [mark.x for mark in corners], [mark.y for mark in corners], s=64, marker="s",
-            color=SERIES[4], label="corners of the plane", zorder=4, **edge,  # type: ignore[arg-type]  # likewise
+            color=SERIES[4], label="checkpoints that are corners of the plane", zorder=4, **edge,  # type: ignore[arg-type]  # likewise
         )  # fmt: skip
-    others = [mark for mark in marks if mark.kind == "mark"]
+    others = [mark for mark in marks if not mark.is_source]
     for number, mark in enumerate(others):
         panel.scatter(
             [mark.x], [mark.y], s=70, marker=MARKERS[(number + 2) % len(MARKERS)],
