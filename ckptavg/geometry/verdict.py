@@ -173,7 +173,7 @@ def _unrelated(
         f"not one trajectory: {len(runs)} groups that have little to do with each other (cosine at "
         f"most {between:.2g} between them, 1 for equal weights): {told}{more}",
         f"the mean has {geometry.norm_ratio:.2f} times their length; the mean of unrelated "
-        "networks works no better than chance, whatever BatchNorm statistics it gets: average "
+        "networks works hardly better than chance, whatever BatchNorm statistics it gets: average "
         "within one group, or ensemble their predictions",
     )
 

@@ -251,13 +251,18 @@ def _weight_space(found: Landscapes) -> list[Claim]:
             )
         )
     if found.two_seeds is not None:
-        claims.append(
+        claims += [
+            Claim(
+                "'ckptavg trajectory' tells beforehand, from the weights alone, that two seeds do "
+                f"not belong together (cosine {found.two_seeds['cosine']:.2f})",
+                bool(found.two_seeds["told_apart"]),
+            ),
             Claim(
                 "the average of two seeds is no better than chance, nearly "
                 f"({found.two_seeds['accuracy']:.1f} %)",
                 found.two_seeds["accuracy"] < 35,
-            )
-        )
+            ),
+        ]
     return claims
 
 

@@ -151,15 +151,21 @@ def figure_5_barriers(run: Run, output: Path, effort: Effort, other: Run) -> ckp
 
 
 def average_of_two_seeds(run: Run, output: Path, other: Run) -> Mapping[str, float]:
-    """Average the SGD solutions of two seeds, which nothing makes compatible; judge the result."""
+    """Average the SGD solutions of two seeds, which nothing makes compatible; judge the result.
+
+    What ``trajectory`` says of them beforehand, without model and data, is told beside.
+    """
+    both = [run.last("sgd-1"), other.last("sgd-1")]
+    seen = ckptavg.trajectory(both, device=run.device)
     found = ckptavg.average_checkpoints(
-        [run.last("sgd-1"), other.last("sgd-1")],
+        both,
         output,
         batchnorm=judge(run.setup, run.seed, run.device),
         device=run.device,
         overwrite=True,
     )
-    return found.outputs[0].metrics or {}
+    told = {"cosine": seen.cosines[0][1], "told_apart": float(seen.kind == "unrelated")}
+    return {**(found.outputs[0].metrics or {}), **told}
 
 
 def evaluation(run: Run, *parts: str) -> ckptavg.BnPass:
