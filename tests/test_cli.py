@@ -150,7 +150,7 @@ def test_dry_run_tells_the_plan_and_writes_nothing(
         "  1 integer or bool tensors copied; where checkpoints differ, from epoch-11.pt: "
         "1.num_batches_tracked\n"
         "read 408 B, write 136 B: model.safetensors (136 B)\n"
-        "on cpu: 2 threads, chunks of 1.05 MB; buffers of 8.72 MB host, 0 B device memory\n"
+        "on cpu: 2 threads, chunks of 1.05 MB; buffers of 9.23 MB host, 0 B device memory\n"
     )
     assert not (here / "swa").exists()
 
