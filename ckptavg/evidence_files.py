@@ -5,7 +5,6 @@ import errno
 import io
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,8 +120,8 @@ def publish_evidence(output: Path, files: Mapping[str, bytes], *, overwrite: boo
     partial: Path | None = None
     try:
         made = make_parents(target)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        partial.chmod(0o777 & ~_umask())
+        partial = _beside(target)
+        partial.mkdir()
         for name, content in files.items():
             with (partial / name).open("wb") as file:
                 file.write(content)
@@ -149,7 +148,7 @@ def _put_in_place(partial: Path, target: Path) -> None:
         if error.errno not in _NOT_SUPPORTED:
             raise
         if exists:  # in two steps
-            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+            aside = _beside(target)
             target.rename(aside)
             try:
                 partial.rename(target)
@@ -161,8 +160,6 @@ def _put_in_place(partial: Path, target: Path) -> None:
             partial.rename(target)
 
 
-def _umask() -> int:
-    """Return the process's mask without changing it for long."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+def _beside(target: Path) -> Path:
+    """Return a path beside another that nothing has."""
+    return target.with_name(f".{target.name}-{os.urandom(8).hex()}")

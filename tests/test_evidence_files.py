@@ -5,7 +5,6 @@ import errno
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,7 +150,7 @@ def test_a_directory_that_may_not_be_read_is_refused(
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
 @pytest.mark.parametrize("exists", [True, False])
-@pytest.mark.parametrize("failing", ["fsync", "rename", "mkdtemp"])
+@pytest.mark.parametrize("failing", ["fsync", "rename", "mkdir"])
 def test_a_failure_leaves_everything_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, exists: bool,
     failing: str,
@@ -163,7 +162,7 @@ def test_a_failure_leaves_everything_as_it_was(
     def fail(*arguments: Any, **options: Any) -> Any:
         raise error
 
-    where: Any = {"fsync": os, "rename": evidence_files, "mkdtemp": tempfile}
+    where: Any = {"fsync": os, "rename": evidence_files, "mkdir": Path}
     with monkeypatch.context() as patched:
         patched.setattr(where[failing], failing, fail)
         with pytest.raises(OutputError if isinstance(error, OSError) else KeyboardInterrupt) as got:
