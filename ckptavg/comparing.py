@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ckptavg.geometry import (
     Geometry,
     GramTable,
     LayerDrift,
+    Matrix,
     TrajectoryPoint,
     TrajectoryResult,
     Verdict,
@@ -104,6 +106,9 @@ def trajectory(
         n_threads=n_threads,
         cache=cache,
     ) as opened:
+        if len(opened.checkpoints) == 1:
+            label = opened.checkpoints[0].label
+            raise UsageError(f"{label}: is one checkpoint, expected at least two to compare")
         compared = compare(
             opened,
             device=device,
@@ -133,19 +138,27 @@ class Compared:
         """What those that were compared are called, oldest first."""
         return [self.plan.labels[index] for index in self.table.members]
 
-    @property
+    @cached_property
     def geometry(self) -> Geometry:
         """Of all weights."""
-        return Geometry(self.table.products.sum(axis=0))
+        return self._of(range(len(self.table.groups)))
 
     @property
     def matrices(self) -> Geometry | None:
         """Of weights with two dimensions or more; None if there are none."""
-        of_matrices = [group.is_matrix for group in self.table.groups]
-        products = self.table.products[of_matrices].sum(axis=0)
-        return Geometry(products) if products.any() else None
+        numbers = [at for at, group in enumerate(self.table.groups) if group.is_matrix]
+        matrices = self._of(numbers)
+        return matrices if matrices.products.any() else None
 
-    @property
+    def _of(self, groups: Sequence[int]) -> Geometry:
+        return Geometry(self._products[list(groups)].sum(axis=0))
+
+    @cached_property
+    def _products(self) -> Matrix:
+        """What the table makes of its sums, which are complete."""
+        return self.table.products
+
+    @cached_property
     def times(self) -> list[float]:
         """When the checkpoints were saved: steps or epochs where all tell them, else numbers."""
         members = self.table.members
@@ -155,7 +168,7 @@ class Compared:
                 return [float(time) for time in known]
         return [float(number) for number in range(len(members))]
 
-    @property
+    @cached_property
     def verdict(self) -> Verdict:
         """What they are to each other."""
         return judge(self.geometry, self.matrices, self.labels, self.times)
@@ -217,7 +230,7 @@ class Compared:
             members.setdefault(group.name, []).append(number)
         layers = []
         for name, numbers in members.items():
-            layer = Geometry(self.table.products[numbers].sum(axis=0))
+            layer = self._of(numbers)
             taken_back = layer.taken_back()
             layers.append(
                 LayerDrift(
@@ -246,14 +259,11 @@ def compare(
     """Compute the inner products of checkpoints that are open.
 
     Raises:
-        UsageError: If there are fewer than two.
         CkptavgError: As ``average_checkpoints`` does.
     """
     with telling_what_was_fetched(opened.hub):
         checkpoints, widening_notes = widen_dtypes(opened.checkpoints)
         plan = plan_comparison(checkpoints, notes=[*opened.notes, *widening_notes])
-    if plan.n_checkpoints < 2:
-        raise UsageError(f"{plan.labels[0]}: is one checkpoint, expected at least two to compare")
     chosen = choose_device(device, read_nbytes=_read_nbytes(plan), runs_model=False)
     workspace = workspace_for(
         plan,

@@ -88,13 +88,12 @@ class Session:
     @property
     def geometry(self) -> Geometry:
         """Of all weights."""
-        found = self.compared.geometry
-        return found if len(self.checkpoints) > 1 else found.of([0])
+        return self.compared.geometry
 
     @property
     def labels(self) -> Sequence[str]:
         """What the checkpoints are called."""
-        return self.compared.plan.labels[: len(self.checkpoints)]
+        return self.compared.plan.labels
 
     def vectors(self, rows: Sequence[Row]) -> list[Any]:
         """Return combinations of the checkpoints' weights, on the device.
@@ -210,9 +209,8 @@ def landscape_session(
         for checkpoint in opened.checkpoints[:-1]:
             live.check(checkpoint)
         judge = PointJudge(live, evaluation, memory_budget_bytes)
-        several = [*opened.checkpoints] * (2 if len(opened.checkpoints) == 1 else 1)
-        compared = compare(  # which takes two at least
-            replace(opened, checkpoints=several),
+        compared = compare(
+            opened,
             device=device,
             memory_budget_bytes=memory_budget_bytes,
             n_threads=n_threads,

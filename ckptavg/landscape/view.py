@@ -57,7 +57,7 @@ class View:
             UsageError: If there is none.
         """
         n_sources, count = session.n_sources, len(session.checkpoints)
-        geometry, labels = session.geometry, session.compared.plan.labels
+        geometry, labels = session.geometry, session.labels
         mean = np.zeros(count)
         mean[:n_sources] = 1 / n_sources
         view = partial(cls, geometry=geometry, labels=labels, n_sources=n_sources)
