@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ckptavg.batchnorm.batches import Batch, Feed
+from ckptavg.batchnorm.batches import Batch, Feed, refuse_used_up
 from ckptavg.batchnorm.kept import convolutions_channels_last, random_state_kept
 from ckptavg.batchnorm.observer import default_forward
 from ckptavg.bn_options import Amp, BnOptions, Forward
@@ -73,12 +73,7 @@ class Loader:
         Raises:
             UsageError: If so.
         """
-        if n_passes > 1 and isinstance(self.batches, Iterator):
-            raise UsageError(
-                f"loader '{self.name}': is a {type(self.batches).__name__}, which can be gone "
-                f"through only once, and there are {n_passes} passes to make: give a function that "
-                "returns it"
-            )
+        refuse_used_up(f"loader '{self.name}':", self.batches, n_passes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ckptavg.batchnorm import BnReport, recompute_together, unwrapped
+from ckptavg.batchnorm.batches import refuse_used_up
+from ckptavg.batchnorm.layers import find_layers
 from ckptavg.checkpoint import Checkpoint, open_checkpoint
 from ckptavg.errors import CkptavgError, ModelError, UsageError
 from ckptavg.eval_command import EvalCommand
@@ -130,6 +132,23 @@ class LiveModel:
                 progress=progress,
             )
 
+    def must_recompute(self, *, of_what: str) -> bool:
+        """Tell whether there are BatchNorm layers whose statistics a pass recomputes.
+
+        Args:
+            of_what: Whose the statistics of a checkpoint are not, for the message.
+
+        Raises:
+            UsageError: If there are, and no data for the pass.
+        """
+        layers, _ = find_layers(self.module)
+        if layers and self.options.batches is None:
+            raise UsageError(
+                f"the model has {len(layers)} BatchNorm layers, whose statistics belong to no "
+                f"{of_what}: give training data, batches (--data)"
+            )
+        return bool(layers)
+
     def statistics_bytes(
         self, report: BnReport | None, plan: AveragePlan, fit: NameFit
     ) -> list[tuple[str, bytes]]:
@@ -175,12 +194,7 @@ def check_repeatable(batchnorm: BnPass, n_passes: int) -> None:
     Raises:
         UsageError: If so.
     """
-    batches = batchnorm.batches
-    if n_passes > 1 and isinstance(batches, Iterator):
-        raise UsageError(
-            f"the data is a {type(batches).__name__}, which can be gone through only once, and "
-            f"there are {n_passes} passes to make: give a function that returns it"
-        )
+    refuse_used_up("the data", batchnorm.batches, n_passes)
 
 
 def _directory(checkpoint: Checkpoint) -> str | None:

@@ -30,8 +30,9 @@ from ckptavg import (
 from ckptavg.cli import run
 from ckptavg.evidence_files import data_files, evidence
 from ckptavg.evidence_names import is_report
-from ckptavg.report.figures import number, short_labels, size
+from ckptavg.report.figures import number, short_labels
 from ckptavg.report.style import STYLE
+from ckptavg.units import size
 
 HOSTILE = "<script>alert(1)</script>\"'&\u202eabc\x1b[31m\x00\n]]>"
 SHOWN = "<script>alert(1)</script>\"'&\\u202eabc\\x1b[31m\\x00\\n]]>"

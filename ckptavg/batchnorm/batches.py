@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ckptavg.bn_options import BnOptions
-from ckptavg.errors import BatchNormError
+from ckptavg.errors import BatchNormError, UsageError
 
 _IN_FLIGHT = 2  # batches whose work may be queued on a GPU when the next one is copied
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -33,6 +33,24 @@ class Batch:
     value: Any
     on_device: Any
     n_samples: int | None
+
+
+def refuse_used_up(what: str, batches: object, n_passes: int) -> None:
+    """Refuse batches that can be gone through only once, where several passes need them.
+
+    Args:
+        what: What messages call them.
+        batches: The batches, or what returns them.
+        n_passes: How often they are gone through.
+
+    Raises:
+        UsageError: If so.
+    """
+    if n_passes > 1 and isinstance(batches, Iterator):
+        raise UsageError(
+            f"{what} is a {type(batches).__name__}, which can be gone through only once, and there "
+            f"are {n_passes} passes to make: give a function that returns it"
+        )
 
 
 class Feed:

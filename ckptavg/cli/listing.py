@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ckptavg.cli.render import size, table
+from ckptavg.cli.render import table
+from ckptavg.units import size
 
 if TYPE_CHECKING:
     from ckptavg.results import CheckpointInfo, RunCheckpoint, RunInfo

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from ckptavg.errors import AfterPublishError, OutputError, printable
+from ckptavg.units import size
 
 if TYPE_CHECKING:
     from ckptavg.batchnorm import BnReport
@@ -101,15 +102,6 @@ def _encodable(text: str, stream: TextIO) -> str:
     """Escape what the stream's encoding cannot express."""
     encoding = stream.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def size(nbytes: float) -> str:
-    """Return a size with three digits and a decimal unit."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(nbytes) < 999.5:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

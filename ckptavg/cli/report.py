@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ckptavg.cli.options import talk_options
-from ckptavg.cli.render import echo_json, echo_lines, echo_notes, size
+from ckptavg.cli.render import echo_json, echo_lines, echo_notes
+from ckptavg.units import size
 
 if TYPE_CHECKING:
     from ckptavg.report import ReportResult

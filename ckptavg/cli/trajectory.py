@@ -15,7 +15,8 @@ from ckptavg.cli.options import (
 )
 from ckptavg.cli.progress import ProgressBars
 from ckptavg.cli.push import typed_command
-from ckptavg.cli.render import echo_json, echo_lines, echo_notes, size, table
+from ckptavg.cli.render import echo_json, echo_lines, echo_notes, table
+from ckptavg.units import size
 
 if TYPE_CHECKING:
     from ckptavg.geometry import TrajectoryResult

@@ -12,7 +12,6 @@ from typing import get_args
 from torch import nn
 
 from ckptavg.average import DEFAULT_MEMORY_BUDGET_BYTES, choose_device
-from ckptavg.batchnorm.layers import find_layers
 from ckptavg.bn_pass import BnOutcome
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.derived import Group
@@ -250,17 +249,11 @@ class _Run:
         self._newest = newest
         self._order = order
         self._progress = progress
-        layers, _ = find_layers(self.live.module)
-        self.has_batchnorm = bool(layers)
+        self.has_batchnorm = self.live.must_recompute(of_what="average until they are recomputed")
         self._recomputes_members = members == "recomputed" and self.has_batchnorm
         self.notes: list[str] = []
-        if layers and evaluation.batches is None:
-            raise UsageError(
-                f"the model has {len(layers)} BatchNorm layers, whose statistics belong to no "
-                "average until they are recomputed: give training data, batches (--data)"
-            )
         n_members = len(checkpoints)
-        if layers:
+        if self.has_batchnorm:
             check_repeatable(evaluation, n_members * (2 if self._recomputes_members else 1))
         labelled.check_repeatable(2 * n_members)
         self.room = Room(device_of(self.live.module), memory_budget_bytes)

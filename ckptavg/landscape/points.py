@@ -10,8 +10,7 @@ from torch import nn
 
 from ckptavg.batchnorm import recompute_side_by_side
 from ckptavg.batchnorm.collect import NonFiniteError
-from ckptavg.batchnorm.layers import find_layers
-from ckptavg.errors import BatchNormError, ModelError, UsageError
+from ckptavg.errors import BatchNormError, ModelError
 from ckptavg.eval_command import EvalCommand
 from ckptavg.evaluate import checked_metrics, evaluated, evaluation_state
 from ckptavg.labelled import LabelledEvaluation, device_of
@@ -47,13 +46,7 @@ class PointJudge:
         self._evaluation = evaluation
         self._seed = 0 if evaluation.seed is None else evaluation.seed
         self._models = [live.module]
-        layers, _ = find_layers(live.module)
-        self._has_pass = bool(layers) and evaluation.batches is not None
-        if layers and evaluation.batches is None:
-            raise UsageError(
-                f"the model has {len(layers)} BatchNorm layers, whose statistics belong to no "
-                "other point: give training data, batches (--data)"
-            )
+        self._has_pass = live.must_recompute(of_what="other point")
         shares_data = self._has_pass or isinstance(evaluation.evaluate, LabelledEvaluation)
         if not shares_data or evaluation.train_mode == "model" or evaluation.compile:
             self.n_side_by_side = 1

@@ -13,7 +13,6 @@ from ckptavg.report.figures import (
     number,
     plain,
     short_labels,
-    size,
     strip,
 )
 from ckptavg.report.markup import (
@@ -30,6 +29,7 @@ from ckptavg.report.markup import (
 )
 from ckptavg.report.summary import when
 from ckptavg.schemes import shortened
+from ckptavg.units import size
 
 _REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -60,15 +60,6 @@ def sentence(text: str) -> str:
     return text if text.endswith((".", "!", "?", ":")) or not text else f"{text}."
 
 
-def size(nbytes: float) -> str:
-    """Return a size with three digits and a decimal unit."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(nbytes) < 999.5:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"
-
-
 def span(values: Sequence[object], noun: str) -> str:
     """Return ``steps 500 to 1500``; empty where one is not known."""
     known = [finite(value) for value in values]

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptavg.report.figures import size
 from ckptavg.report.gather import Evidence
 from ckptavg.report.markup import Html, code, element, escaped, paragraph
+from ckptavg.units import size
 
 MAX_PICTURE_BYTES = 20_000_000
 _PNG = b"\x89PNG\r\n\x1a\n"

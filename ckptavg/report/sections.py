@@ -14,7 +14,6 @@ from ckptavg.report.figures import (
     label,
     number,
     sentence,
-    size,
 )
 from ckptavg.report.gather import Model
 from ckptavg.report.markup import (
@@ -36,6 +35,7 @@ from ckptavg.report.markup import (
 from ckptavg.report.recipe import recipe_text
 from ckptavg.report.summary import mode_of
 from ckptavg.rerun import named_code
+from ckptavg.units import size
 
 _FEW_NAMES = 6
 _SUMS = {"auto": "float64, those of 16-bit floats in float32"}

@@ -6,8 +6,9 @@ from typing import Any
 
 from ckptavg.errors import UsageError
 from ckptavg.metrics import Mode, best_mode
-from ckptavg.report.figures import counted, finite, number, size, span
+from ckptavg.report.figures import counted, finite, number, span
 from ckptavg.report.markup import Html, element, paragraph
+from ckptavg.units import size
 
 _MOST_TILES = 3
 _LONG, _LONGEST = 20, 40  # characters that are written smaller, that are written at all
