@@ -1,14 +1,12 @@
 """``ckptavg ensemble``: checkpoints as an ensemble, against the average of their weights."""
 
-from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from ckptavg.cli.landscapes import landscape_arguments, landscape_options
-from ckptavg.cli.progress import ProgressBars
-from ckptavg.cli.push import typed_command
-from ckptavg.cli.render import echo_json, echo_lines, echo_notes, stdout_for_the_result, table
+from ckptavg.cli.landscapes import landscape_options, run_landscape
+from ckptavg.cli.render import table
 from ckptavg.ensemble_results import Members, Order
 
 if TYPE_CHECKING:
@@ -58,25 +56,16 @@ def command(
     accuracy, likelihood, calibration, and on how many labels they agree. Each average gets a
     BatchNorm pass (with --data). DIR gets ensemble.json, ensemble.csv and pictures.
     """
-    from ckptavg.landscape.ensemble import check_ensemble, ensemble
+    from ckptavg.landscape.ensemble import ensemble
 
-    arguments = landscape_arguments(options, needs_loader=True)
-    check_ensemble(arguments["evaluation"], members=members, order=order, plot=arguments["plot"])
-    with stdout_for_the_result(), ProgressBars(quiet=quiet or as_json) as progress:
-        found = ensemble(
-            sources,
-            output,
-            members=members,
-            order=order,
-            **arguments,
-            progress=progress,
-            command=typed_command(),
-        )
-    if as_json:
-        echo_json({**asdict(found), "output": str(found.output)})
-        return
-    echo_lines(_lines(found))
-    echo_notes(found.notes, quiet=quiet)
+    run_landscape(
+        partial(ensemble, sources, output, members=members, order=order),
+        options,
+        as_json=as_json,
+        quiet=quiet,
+        tell=_lines,
+        needs_loader=True,
+    )
 
 
 def _lines(found: "EnsembleResult") -> list[str]:

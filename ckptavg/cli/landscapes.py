@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -18,13 +18,18 @@ from ckptavg.cli.options import (
     selection_options,
     talk_options,
 )
-from ckptavg.cli.render import echo_lines, echo_notes, stdout_for_the_result
+from ckptavg.cli.progress import ProgressBars
+from ckptavg.cli.push import typed_command
+from ckptavg.cli.render import echo_json, echo_lines, echo_notes, stdout_for_the_result
 from ckptavg.cli.user_code import load_batches, load_bn_pass, load_function
 
 if TYPE_CHECKING:
+    from ckptavg.ensemble_results import EnsembleResult
     from ckptavg.evaluate import Evaluate
-    from ckptavg.landscape_results import LandscapeResult
+    from ckptavg.landscape_results import LandscapeResult, PathResult, PlaneResult, WidthResult
     from ckptavg.results import BnPass
+
+Found = TypeVar("Found", "PlaneResult", "WidthResult", "PathResult", "EnsembleResult")
 
 _HOW_IT_RUNS = ("forward_name", "amp", "channels_last")  # in a BatchNorm pass and on loaders
 
@@ -180,27 +185,50 @@ def _labelled_evaluation(
     return replace(evaluation, names={**evaluation.names, "eval": told})
 
 
-def echo_landscape(
-    found: "LandscapeResult", what: str, lines: Sequence[str], *, quiet: bool
+def run_landscape(
+    measure: Callable[..., Found],
+    options: dict[str, Any],
+    *,
+    as_json: bool,
+    quiet: bool,
+    tell: Callable[[Found], Sequence[str]],
+    needs_loader: bool = False,
 ) -> None:
-    """Print what was measured: how it was done, what was found, a table, the files.
+    """Carry out a command that tries many sets of weights.
+
+    Args:
+        measure: The function of the library, with what it alone has.
+        options: What ``landscape_options`` gave.
+        as_json: Whether the result is printed as JSON.
+        quiet: Whether progress and notes are left out.
+        tell: Says what was found.
+        needs_loader: Whether there must be labelled batches.
+    """
+    arguments = landscape_arguments(options, needs_loader=needs_loader)
+    with stdout_for_the_result(), ProgressBars(quiet=quiet or as_json) as progress:
+        found = measure(**arguments, progress=progress, command=typed_command())
+    if as_json:
+        echo_json({**asdict(found), "output": str(found.output)})
+        return
+    echo_lines(tell(found))
+    echo_notes(found.notes, quiet=quiet)
+
+
+def landscape_lines(found: "LandscapeResult", what: str, lines: Sequence[str]) -> list[str]:
+    """Return what was measured: how it was done, what was found, a table, the files.
 
     Args:
         found: The result.
         what: How many points, in words.
         lines: The table.
-        quiet: Whether notes are left out.
     """
     resumed = f", {found.n_resumed} of them before" if found.n_resumed else ""
-    echo_lines(
-        [
-            f"{found.output}: {what}, {found.n_points} evaluations{resumed}, "
-            f"{found.seconds:.1f} s on {found.device}",
-            *(f"  {sentence}" for sentence in found.summary),
-            "",
-            *lines,
-            "",
-            f"files: {', '.join(found.files)}",
-        ]
-    )
-    echo_notes(found.notes, quiet=quiet)
+    return [
+        f"{found.output}: {what}, {found.n_points} evaluations{resumed}, "
+        f"{found.seconds:.1f} s on {found.device}",
+        *(f"  {sentence}" for sentence in found.summary),
+        "",
+        *lines,
+        "",
+        f"files: {', '.join(found.files)}",
+    ]

@@ -1,15 +1,16 @@
 """``ckptavg path``: loss and error along the straight line between two sets of weights."""
 
-from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli.landscapes import echo_landscape, landscape_arguments, landscape_options
+from ckptavg.cli.landscapes import landscape_lines, landscape_options, run_landscape
 from ckptavg.cli.option_types import NumberRange
-from ckptavg.cli.progress import ProgressBars
-from ckptavg.cli.push import typed_command
-from ckptavg.cli.render import echo_json, stdout_for_the_result, table
+from ckptavg.cli.render import table
+
+if TYPE_CHECKING:
+    from ckptavg.landscape_results import PathResult
 
 _EPILOG = """\b
 Examples:
@@ -60,21 +61,17 @@ def command(
 
     if len(ends) < 2:
         raise click.UsageError("TO is missing: name at least two checkpoints")
-    arguments = landscape_arguments(options)
-    with stdout_for_the_result(), ProgressBars(quiet=quiet or as_json) as progress:
-        found = path(
-            ends[0],
-            ends[1:],
-            output,
-            t=t,
-            points=points,
-            **arguments,
-            progress=progress,
-            command=typed_command(),
-        )
-    if as_json:
-        echo_json({**asdict(found), "output": str(found.output)})
-        return
+    run_landscape(
+        partial(path, ends[0], ends[1:], output, t=t, points=points),
+        options,
+        as_json=as_json,
+        quiet=quiet,
+        tell=_lines,
+    )
+
+
+def _lines(found: "PathResult") -> list[str]:
+    """Return what is told to people."""
     lines: list[str] = []
     for segment in found.segments:
         rows = [
@@ -82,4 +79,4 @@ def command(
             for number, at in enumerate(found.t)
         ]
         lines += ["", f"to {segment.stop}", *table(["t", *segment.metrics], rows)]
-    echo_landscape(found, f"{len(found.t)} points a line", lines[1:], quiet=quiet)
+    return landscape_lines(found, f"{len(found.t)} points a line", lines[1:])

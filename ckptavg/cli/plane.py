@@ -1,14 +1,15 @@
 """``ckptavg plane``: loss and error on a plane through checkpoints."""
 
-from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli.landscapes import echo_landscape, landscape_arguments, landscape_options
-from ckptavg.cli.progress import ProgressBars
-from ckptavg.cli.push import typed_command
-from ckptavg.cli.render import echo_json, stdout_for_the_result, table
+from ckptavg.cli.landscapes import landscape_lines, landscape_options, run_landscape
+from ckptavg.cli.render import table
+
+if TYPE_CHECKING:
+    from ckptavg.landscape_results import PlaneResult
 
 _EPILOG = """\b
 Examples:
@@ -73,23 +74,26 @@ def command(
     """
     from ckptavg.landscape.plane import plane
 
-    arguments = landscape_arguments(options)
     corners = [part for one in through for part in _parts(one)]
-    with stdout_for_the_result(), ProgressBars(quiet=quiet or as_json) as progress:
-        found = plane(
+    run_landscape(
+        partial(
+            plane,
             sources,
             output,
             through=corners or ("first", "middle", "last"),
             marks=marks,
             points=points,
             margin=margin,
-            **arguments,
-            progress=progress,
-            command=typed_command(),
-        )
-    if as_json:
-        echo_json({**asdict(found), "output": str(found.output)})
-        return
+        ),
+        options,
+        as_json=as_json,
+        quiet=quiet,
+        tell=_lines,
+    )
+
+
+def _lines(found: "PlaneResult") -> list[str]:
+    """Return what is told to people."""
     rows = [
         [
             mark.name,
@@ -106,7 +110,8 @@ def command(
         for mark in found.marks
     ]
     header = ["seen from the plane", "as", "x", "y", "off it", *found.metrics]
-    echo_landscape(found, f"{points} x {points} points", table(header, rows), quiet=quiet)
+    what = f"{len(found.x)} x {len(found.y)} points"
+    return landscape_lines(found, what, table(header, rows))
 
 
 def _parts(text: str) -> list[str]:

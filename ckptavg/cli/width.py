@@ -1,14 +1,15 @@
 """``ckptavg width``: loss and error along random rays from solutions."""
 
-from dataclasses import asdict
-from typing import Any, get_args
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli.landscapes import echo_landscape, landscape_arguments, landscape_options
-from ckptavg.cli.progress import ProgressBars
-from ckptavg.cli.push import typed_command
-from ckptavg.cli.render import echo_json, stdout_for_the_result, table
+from ckptavg.cli.landscapes import landscape_lines, landscape_options, run_landscape
+from ckptavg.cli.render import table
+
+if TYPE_CHECKING:
+    from ckptavg.landscape_results import WidthResult
 
 _EPILOG = """\b
 Examples:
@@ -85,20 +86,23 @@ def command(
     NAME is what pictures call them. DIR gets width.json, width.csv and pictures. An interrupted run
     is continued by the same command.
     """
-    from ckptavg.landscape.width import Directions, width
+    from ckptavg.landscape.width import width
 
     own = {
         name: options.pop(name)
         for name in ("directions", "rays", "points", "distance", "relative", "ray_seed")
     }
-    assert own["directions"] in get_args(Directions)  # click knows the choices
-    arguments = landscape_arguments(options)
-    named = _named(solutions)
-    with stdout_for_the_result(), ProgressBars(quiet=quiet or as_json) as progress:
-        found = width(named, output, **own, **arguments, progress=progress, command=typed_command())
-    if as_json:
-        echo_json({**asdict(found), "output": str(found.output)})
-        return
+    run_landscape(
+        partial(width, _named(solutions), output, **own),
+        options,
+        as_json=as_json,
+        quiet=quiet,
+        tell=partial(_lines, n_rays=own["rays"]),
+    )
+
+
+def _lines(found: "WidthResult", n_rays: int) -> list[str]:
+    """Return what is told to people."""
     lines: list[str] = []
     for kind, places in found.distances.items():
         rows = [
@@ -108,7 +112,7 @@ def command(
         ]
         header = [f"mean of the rays ({kind}), at", *(f"{place:.3g}" for place in places)]
         lines += ["", *table(header, rows)]
-    echo_landscape(found, f"{own['rays']} rays of each kind", lines[1:], quiet=quiet)
+    return landscape_lines(found, f"{n_rays} rays of each kind", lines[1:])
 
 
 def _named(solutions: tuple[str, ...]) -> dict[str, str]:

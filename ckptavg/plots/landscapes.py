@@ -24,6 +24,7 @@ from ckptavg.plots.style import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Values = NDArray[np.float64]
 
@@ -47,16 +48,9 @@ def plane_pictures(
     Returns:
         ``plane.png`` and ``plane.svg``.
     """
-    from matplotlib.figure import Figure
-
-    columns = min(len(grids), 2)
-    rows = -(-len(grids) // columns)
     height = min(max(_PANEL_WIDTH * float((y[-1] - y[0]) / (x[-1] - x[0])), 2.0), 6.0) + 1.0
-    figure = Figure(
-        figsize=((_PANEL_WIDTH + 1.6) * columns, height * rows + 0.4), layout="constrained"
-    )
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for panel, (metric, grid) in zip(panels, grids.items(), strict=False):
+    figure, panels = _figure(len(grids), _PANEL_WIDTH + 1.6, height)
+    for panel, (metric, grid) in zip(panels, grids.items(), strict=True):
         levels = _levels(grid)
         filled = panel.contourf(x, y, grid, levels=levels, cmap=SURFACE, extend="both")
         panel.contour(x, y, grid, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
@@ -67,12 +61,7 @@ def plane_pictures(
         panel.set_xlabel(axis_names[0])
         panel.set_ylabel(axis_names[1])
         panel.set_title(plain(metric))
-    for panel in panels[len(grids) :]:
-        panel.set_axis_off()
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
-    open_up(figure)
-    return pictures("plane", figure)
+    return _finished("plane", figure, n_columns=4)
 
 
 def _draw_marks(panel: Axes, marks: Sequence[Mark]) -> None:
@@ -145,10 +134,7 @@ def width_pictures(
                 if kind == "sphere"
                 else "random directions, filter-normalised"
             )
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    open_up(figure)
-    return pictures("width", figure)
+    return _finished("width", figure, n_columns=3)
 
 
 @styled()
@@ -158,14 +144,9 @@ def path_pictures(places: Values, segments: Sequence[Segment]) -> dict[str, byte
     Returns:
         ``path.png`` and ``path.svg``.
     """
-    from matplotlib.figure import Figure
-
     metrics = list(segments[0].metrics)
-    columns = min(len(metrics), 2)
-    rows = -(-len(metrics) // columns)
-    figure = Figure(figsize=(5.6 * columns, 3.8 * rows + 0.4), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for panel, metric in zip(panels, metrics, strict=False):
+    figure, panels = _figure(len(metrics), 5.6, 3.8)
+    for panel, metric in zip(panels, metrics, strict=True):
         for number, one in enumerate(segments):
             panel.plot(
                 places, one.metrics[metric], color=SERIES[number % len(SERIES)],
@@ -183,12 +164,34 @@ def path_pictures(places: Values, segments: Sequence[Segment]) -> dict[str, byte
         panel.set_xlabel("t: (1 - t) start + t stop")
         panel.set_ylabel(named(metric))
         panel.set_title(f"from {short(segments[0].start)}")
-    for panel in panels[len(metrics) :]:
+    return _finished("path", figure, n_columns=2)
+
+
+def _figure(n_panels: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure with so many panels, in two columns where there are several.
+
+    Args:
+        n_panels: How many.
+        width: Of a panel, in inches.
+        height: Likewise.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(n_panels, 2)
+    rows = -(-n_panels // columns)
+    figure = Figure(figsize=(width * columns, height * rows + 0.4), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    for panel in panels[n_panels:]:
         panel.set_axis_off()
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return figure, panels[:n_panels]
+
+
+def _finished(name: str, figure: Figure, *, n_columns: int) -> dict[str, bytes]:
+    """Give a figure the legend of its first panel, and return it as files."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=n_columns)
     open_up(figure)
-    return pictures("path", figure)
+    return pictures(name, figure)
 
 
 def named(metric: str) -> str:
