@@ -1,5 +1,6 @@
 """What searches are tried on: a small model with a BatchNorm layer, as objects and as a module."""
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -81,3 +82,13 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     monkeypatch.setattr(Evaluations, "count", 0)
     return stop
+
+
+@pytest.fixture
+def without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let matplotlib look as if it were not installed."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, *rest: None if name == "matplotlib" else found(name, *rest),
+    )

@@ -4,7 +4,7 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import save_checkpoint, tree
+from landscape_fixtures import N_CLASSES, Net, State, drawn, labelled
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -35,22 +36,7 @@ from ckptavg import (
 from ckptavg.cli import run
 from ckptavg.evaluate import evaluated
 
-N_CLASSES, N_MEMBERS, N_BINS = 3, 4, 15
-State = Mapping[str, Tensor]
-
-
-class Net(nn.Module):
-    """Returns logits; ``seen`` keeps the weights of every batch that it ran on in evaluation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Linear(4, 6)
-        self.bn = nn.BatchNorm1d(6)
-        self.head = nn.Linear(6, N_CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(functional.relu(self.bn(self.body(x))))
-        return out
+N_MEMBERS, N_BINS = 4, 15
 
 
 class Plain(nn.Module):
@@ -62,18 +48,6 @@ class Plain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(x)
         return out
-
-
-def drawn(seed: int, *sizes: int) -> Tensor:
-    return torch.randn(sizes, generator=torch.Generator().manual_seed(seed))
-
-
-def labelled(seed: int, *sizes: int) -> list[tuple[Tensor, Tensor]]:
-    batches = []
-    for number, size in enumerate(sizes):
-        inputs = drawn(100 * seed + number, size, 4)
-        batches.append((inputs, inputs[:, :N_CLASSES].argmax(1)))
-    return batches
 
 
 TRAIN = [drawn(1, 40, 4) + 0.3, drawn(2, 24, 4) + 0.3]
@@ -646,9 +620,8 @@ def test_an_output_that_exists_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_plot_without_matplotlib_is_refused_before_anything_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, without_matplotlib: None
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'ckptavg\[plots\]' \(or --no-plot\)"):
         compared(tmp_path, plot=True)
     compared(tmp_path, plot=False)

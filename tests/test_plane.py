@@ -1,7 +1,6 @@
 """Planes through checkpoints: values, projections, what can be a corner, files, the command."""
 
 import csv
-import importlib.util
 import itertools
 import json
 import math
@@ -738,13 +737,8 @@ def test_names_with_dollars_are_drawn_as_they_are(tmp_path: Path) -> None:
 
 
 def test_a_plot_without_matplotlib_is_refused_before_anything_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, without_matplotlib: None
 ) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        "importlib.util.find_spec",
-        lambda name, *rest: None if name == "matplotlib" else found(name, *rest),
-    )
     with pytest.raises(UsageError, match=r"pip install 'ckptavg\[plots\]' \(or --no-plot\)"):
         laid(tmp_path, sources=["nothing"], plot=True)
     assert laid(tmp_path, plot=False).files == ("plane.json", "plane.csv")

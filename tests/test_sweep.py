@@ -262,9 +262,8 @@ def test_a_plot_is_a_picture(tmp_path: Path) -> None:
 
 
 def test_a_plot_without_matplotlib_is_refused_before_anything_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, without_matplotlib: None
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'ckptavg\[plots\]'"):
         judged(tmp_path, plot=True)
     assert not (tmp_path / "out").exists()

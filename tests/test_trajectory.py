@@ -1,7 +1,6 @@
 """Comparing checkpoints: inner products of one pass over them, files, and the command."""
 
 import csv
-import importlib.util
 import json
 import math
 import re
@@ -327,12 +326,8 @@ def test_an_output_that_is_there_is_replaced_only_when_asked_and_only_if_it_is_o
 
 
 def test_without_matplotlib_there_are_numbers_or_a_word(
-    checkpoints: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoints: list[Path], tmp_path: Path, without_matplotlib: None
 ) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
-    )
     message = r"a plot needs matplotlib: pip install 'ckptavg\[plots\]' \(or --no-plot\)"
     with pytest.raises(UsageError, match=message):
         trajectory(checkpoints, tmp_path / "out")
