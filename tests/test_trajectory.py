@@ -482,6 +482,17 @@ def test_json_is_what_python_returns(
     assert told["checkpoints"][3]["source"] == str(checkpoints[3])
 
 
+def test_epochs_are_told_where_there_are_no_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for epoch in (3, 14):
+        torch.save({"epoch": epoch, "model": {"w": torch.randn(4, 5)}}, tmp_path / f"{epoch}.pt")
+    code, out, _ = call(capsys, "trajectory", tmp_path / "3.pt", tmp_path / "14.pt")
+    assert code == 0
+    rows = [line.split() for line in out.splitlines() if line.startswith(("checkpoint", "/"))]
+    assert [row[1] for row in rows] == ["epoch", "3", "14"]
+
+
 def test_long_tables_are_cut_in_the_middle(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -95,6 +95,10 @@ def command(
 
 
 def _lines(result: "TrajectoryResult") -> list[str]:
+    saved = [point.step for point in result.checkpoints]
+    when = "step"
+    if not any(step is not None for step in saved):
+        saved, when = [point.epoch for point in result.checkpoints], "epoch"
     rate = result.read_nbytes / max(result.seconds, 1e-9)
     lines = [
         f"{len(result.checkpoints)} checkpoints of {result.n_elements:,} weights: {result.kind}",
@@ -103,17 +107,17 @@ def _lines(result: "TrajectoryResult") -> list[str]:
         "",
         *_shortened(
             table(
-                ["checkpoint", "step", "norm", "from the mean", "from the one before", "nearest"],
+                ["checkpoint", when, "norm", "from the mean", "from the one before", "nearest"],
                 [
                     [
                         point.source,
-                        "-" if point.step is None else str(point.step),
+                        "-" if time is None else str(time),
                         f"{point.norm:.5g}",
                         f"{point.deviation:.4g}",
                         "-" if point.step_length is None else f"{point.step_length:.4g}",
                         f"{point.nearest:.4g}",
                     ]
-                    for point in result.checkpoints
+                    for point, time in zip(result.checkpoints, saved, strict=True)
                 ],
             )
         ),

@@ -114,8 +114,8 @@ def _moving(geometry: Geometry, times: Sequence[float], taken_back: tuple[float,
         f"one trajectory that bounces: {share:.0%} of {way} is taken back by the next (100% around "
         "a fixed centre, 0% on the way), and that is what averaging removes"
         if share >= _NOISE
-        else f"one trajectory that goes its way: no more than {share:.0%} of {way} is taken back "
-        "by the next (100% around a fixed centre), so these checkpoints do not show a centre; "
+        else f"one trajectory that goes its way: {share:.0%} of {way} is taken back by the next, "
+        "no more (100% around a fixed centre), so these checkpoints do not show a centre; "
         "more of them, or of a longer part of the training, may"
     )
     moves = (
