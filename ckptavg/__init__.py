@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         ProcessError,
         ReportError,
         SourceError,
+        StorageError,
         UsageError,
         VerificationError,
     )
@@ -129,6 +130,7 @@ _HOME = {
     "SoupStep": "results",
     "SourceError": "errors",
     "StageTimes": "results",
+    "StorageError": "errors",
     "SweepResult": "results",
     "SweepRow": "results",
     "TensorDifference": "rerun",
@@ -217,6 +219,7 @@ __all__ = [
     "SoupStep",
     "SourceError",
     "StageTimes",
+    "StorageError",
     "SweepResult",
     "SweepRow",
     "TensorDifference",

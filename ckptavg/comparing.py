@@ -19,7 +19,7 @@ from ckptavg.average import (
 )
 from ckptavg.blocks import Action
 from ckptavg.checkpoint import widen_dtypes
-from ckptavg.errors import UsageError
+from ckptavg.errors import UsageError, told_storage_errors
 from ckptavg.evidence_files import (
     check_evidence_destination,
     data_files,
@@ -48,6 +48,7 @@ from ckptavg.steps import stage_of
 MOST_COMPONENTS = 10  # principal components whose coordinates are told
 
 
+@told_storage_errors()
 def trajectory(
     sources: Source | Sequence[Source],
     output: str | Path | None = None,

@@ -1,6 +1,5 @@
 """Where an output may go: not over anything else, not into an input, not onto a full disk."""
 
-import glob
 import os
 import re
 import shutil
@@ -8,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from ckptavg.checkpoint.folder import PROVENANCE_NAME, read_local_json
+from ckptavg.directories import entries, files_below
 from ckptavg.errors import OutputError, UsageError
 from ckptavg.evidence_names import SEARCH_FILE, is_report
+from ckptavg.staging import PARTIAL, is_staged, remove_orphaned_locks
 from ckptavg.tensors import FileStamp
 
 _SPARE_BYTES = 64 * 2**20  # side files, directory entries
@@ -55,6 +56,7 @@ def check_destination(
                 raise UsageError(f"{output}: holds the input {stamp.path}; choose another output")
     if os.path.lexists(output):
         if not overwrite:
+            remove_orphaned_locks(where)
             raise OutputError(f"{output}: already exists; pass --overwrite to replace it")
         check_replaceable(output)
     parent = existing_parent(where)
@@ -76,7 +78,7 @@ def check_replaceable(output: Path) -> None:
     names = sorted(
         one.name
         for one in output.iterdir()
-        if not SEARCH_FILE.fullmatch(one.name) and not is_report(one)
+        if not (SEARCH_FILE.fullmatch(one.name) or is_report(one) or is_staged(one.name))
     )
     if names and all(_siblings(output / name) == names for name in names):
         for name in names:  # several averages that were made at once
@@ -102,10 +104,12 @@ def _siblings(model: Path) -> object:
 
 def _left_by_earlier_runs(output: Path) -> int:
     """Return the bytes on the storage that interrupted runs hold: they are reused or removed."""
-    partials = output.parent.glob(f"{glob.escape(output.name)}.partial-*")
     try:
         return sum(
-            file.lstat().st_blocks * 512 for partial in partials for file in partial.rglob("*")
+            file.lstat().st_blocks * 512
+            for partial in entries(output.parent, f"{output.name}.{PARTIAL}-")
+            if is_staged(partial.name) and partial.is_dir()
+            for file in files_below(partial)
         )
     except OSError:  # one of them ends at this moment
         return 0

@@ -1,20 +1,17 @@
-"""Locks, and syncs and renames of directories, as Linux has them."""
+"""Files and directories as Linux has them: locks, syncs, renames, lists that are whole."""
 
 import ctypes
 import errno
 import fcntl
-import glob
 import os
-import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2  # flags of renameat2(2)
 _AT_FDCWD = -100
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
 _LOCK_ATTEMPTS = 100
-_N_HEX_DIGITS = 16
 
 
 def bottom_up(root: Path) -> Iterator[Path]:
@@ -53,37 +50,92 @@ def remove_empty(directories: Sequence[Path]) -> None:
             return
 
 
-def abandoned(current: Path) -> Iterator[Path]:
-    """Yield what other runs left beside a directory, each locked while it is looked at.
+def entries(directory: Path, prefix: str = "") -> list[Path]:
+    """Return what lies in a directory under names that begin so, in order.
 
-    The names end in 16 hexadecimal digits, and differ in those alone; ``NAME.lock`` is the lock.
-    What a living process has locked is passed over. Of some there may be no more than the lock,
-    which is removed.
+    Raises:
+        OSError: If it cannot be listed; ``Path.glob`` would return nothing.
     """
-    stem = current.name[:-_N_HEX_DIGITS]
-    like = re.compile(re.escape(stem) + f"[0-9a-f]{{{_N_HEX_DIGITS}}}")
-    found = current.parent.glob(f"{glob.escape(stem)}*")
-    names = {path.name.removesuffix(".lock") for path in found} - {current.name}
-    for name in sorted(filter(like.fullmatch, names)):
-        lock_path = current.with_name(f"{name}.lock")
-        try:
-            lock = open_lock(lock_path)
-        except OSError:  # not ours to open
-            continue
-        if lock is None:
-            continue
-        try:
-            yield current.with_name(name)
-            lock_path.unlink(missing_ok=True)
-        finally:
-            os.close(lock)
+    return sorted(directory / name for name in os.listdir(directory) if name.startswith(prefix))
+
+
+def files_below(directory: Path) -> Iterator[Path]:
+    """Yield all files below a directory, in order; links are not followed.
+
+    Raises:
+        OSError: If one cannot be listed; ``Path.rglob`` would pass it over.
+    """
+    for entry in entries(directory):
+        if entry.is_dir() and not entry.is_symlink():
+            yield from files_below(entry)
+        else:
+            yield entry
+
+
+def open_descriptor(path: str | Path, flags: int, mode: int = 0o777) -> int:
+    """Open a file, close-on-exec, lifting the soft limit on open files where it is in the way."""
+    flags |= os.O_CLOEXEC
+    try:
+        return os.open(path, flags, mode)
+    except OSError as error:
+        if error.errno != errno.EMFILE or not _raise_open_file_limit():
+            raise
+        return os.open(path, flags, mode)
+
+
+def _raise_open_file_limit() -> bool:
+    """Lift the soft limit on open files to the hard one: K checkpoints of S shards need K x S."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return False
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return True
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Make a file, and bring it to the storage.
+
+    Raises:
+        OSError: If it cannot be written, or is there already.
+    """
+    descriptor = open_descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    is_closed = False
+    try:
+        write_all(descriptor, memoryview(content), 0)
+        os.fsync(descriptor)
+        is_closed = True
+        os.close(descriptor)
+    finally:
+        if not is_closed:
+            close_quietly(descriptor)
+
+
+def write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write bytes at an offset of a file.
+
+    Raises:
+        OSError: If the storage refuses.
+    """
+    data = data.cast("B")
+    while data.nbytes:
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def close_quietly(descriptor: int | None) -> None:
+    """Close a file from which nothing was lost: it was only read, synced before, or given up."""
+    if descriptor is not None:
+        with suppress(OSError):
+            os.close(descriptor)
 
 
 def open_lock(path: Path) -> int | None:
     """Open a lock file, made if need be, and hold its lock; None if another process holds it.
 
-    On a file system without locks the file is open and not locked. A file, because network file
-    systems lock files for all hosts, but directories for one alone.
+    On a file system without locks, or whose locks fail, the file is open and not locked. A file,
+    because network file systems lock files for all hosts, but directories for one alone.
 
     Raises:
         OSError: If it cannot be made.
@@ -95,14 +147,11 @@ def open_lock(path: Path) -> int | None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                os.close(descriptor)
+                close_quietly(descriptor)
                 return None
-            if error.errno not in _NO_LOCKS:
-                os.close(descriptor)
-                raise
         if identity(path) == identity(descriptor):
             return descriptor
-        os.close(descriptor)  # who held it has removed it meanwhile
+        close_quietly(descriptor)  # who held it has removed it meanwhile
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 
@@ -133,7 +182,7 @@ def sync_directory(path: Path) -> None:
         if error.errno != errno.EINVAL:  # a file system that cannot sync directories
             raise
     finally:
-        os.close(descriptor)
+        close_quietly(descriptor)
 
 
 def rename(source: Path, target: Path, flags: int) -> None:

@@ -12,6 +12,7 @@ The tree::
     ├── MemoryBudgetError             the work does not fit the memory it may use
     ├── ProcessError                  another process of the same run failed
     │   └── ProcessEndedError         it ended, or was interrupted; the run can be continued
+    ├── StorageError                  the system refused to read or write a file
     ├── OutputError                   the output cannot be written; nothing was published
     ├── AfterPublishError             the output was published, a later step failed (exit code 3)
     ├── VerificationError             an output is not what its provenance says
@@ -24,6 +25,8 @@ Every message is one line: what, where, expected, found, remedy.
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _NO_TOKEN = "hf_***"
 _MIN_TOKEN_CHARACTERS = 6
@@ -108,6 +111,10 @@ class ProcessEndedError(ProcessError):
     """Another process ended or was interrupted; the same command goes on where the run stopped."""
 
 
+class StorageError(CkptavgError):
+    """The system refused to read, list or write something; what was there before is untouched."""
+
+
 class OutputError(CkptavgError):
     """The output cannot be written; what was there before is untouched."""
 
@@ -130,3 +137,23 @@ class ModelError(CkptavgError):
 
 class BatchNormError(CkptavgError):
     """BatchNorm statistics could not be computed; the model is as it was before."""
+
+
+@contextmanager
+def told_storage_errors() -> Iterator[None]:
+    """Turn what the system refuses, wherever it was asked, into an error; also a decorator.
+
+    Raises:
+        StorageError: For an OSError that nothing nearer could explain.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error) from error
+
+
+def storage_error(error: OSError) -> StorageError:
+    """Return the error for what the system refused."""
+    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    reason = error.strerror or str(error) or type(error).__name__
+    return StorageError(f"{where}the system refuses: {reason.lower()}")

@@ -1,28 +1,18 @@
 """What was measured, as files for people and programs: JSON, CSV, and pictures beside them."""
 
 import csv
-import errno
 import io
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckptavg.directories import (
-    RENAME_EXCHANGE,
-    RENAME_NOREPLACE,
-    make_parents,
-    remove_empty,
-    rename,
-    sync_directory,
-)
 from ckptavg.errors import OutputError, without_token
 from ckptavg.evidence_names import MEASURED_FILE
 from ckptavg.provenance import json_text
+from ckptavg.staging import check_exchange_beside, publish_directory
 
 FORMAT_VERSION = 1
-_NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL)  # by the file system: renames with flags
 
 
 def data_files(
@@ -100,6 +90,11 @@ def check_evidence_destination(output: Path, *, overwrite: bool, kind: str | Non
                     f"{output}: also holds '{name}'; --overwrite replaces nothing but what "
                     "this command writes: remove it yourself, or choose another output"
                 )
+        try:
+            check_exchange_beside(output)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise OutputError(f"{output}: cannot be written: {reason}") from error
     parent = next(one for one in Path(os.path.abspath(output)).parents if one.exists())
     if not parent.is_dir():
         raise OutputError(f"{output}: {parent} is not a directory")
@@ -112,54 +107,16 @@ def publish_evidence(output: Path, files: Mapping[str, bytes], *, overwrite: boo
 
     Raises:
         OutputError: If it exists and may not be replaced, or the storage refuses.
+        AfterPublishError: If it is in place, but the storage did not confirm it.
     """
     kind = next(iter(files)).partition(".")[0]
-    check_evidence_destination(output, overwrite=overwrite, kind=kind)
-    target = Path(os.path.abspath(output))
-    made: list[Path] = []
-    partial: Path | None = None
+
+    def check() -> None:
+        check_evidence_destination(output, overwrite=overwrite, kind=kind)
+
+    check()
     try:
-        made = make_parents(target)
-        partial = _beside(target)
-        partial.mkdir()
-        for name, content in files.items():
-            with (partial / name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        sync_directory(partial)
-        _put_in_place(partial, target)
-        sync_directory(target.parent)
+        publish_directory(output, files, overwrite=overwrite, check=check)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise OutputError(f"{output}: cannot be written: {reason}") from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)  # after an exchange: what was there before
-        remove_empty(made)
-
-
-def _put_in_place(partial: Path, target: Path) -> None:
-    """Let a directory appear under its name; one that was there takes its name, in one step."""
-    exists = os.path.lexists(target)
-    try:
-        rename(partial, target, RENAME_EXCHANGE if exists else RENAME_NOREPLACE)
-    except OSError as error:
-        if error.errno not in _NOT_SUPPORTED:
-            raise
-        if exists:  # in two steps
-            aside = _beside(target)
-            target.rename(aside)
-            try:
-                partial.rename(target)
-            except BaseException:
-                aside.rename(target)
-                raise
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            partial.rename(target)
-
-
-def _beside(target: Path) -> Path:
-    """Return a path beside another that nothing has."""
-    return target.with_name(f".{target.name}-{os.urandom(8).hex()}")

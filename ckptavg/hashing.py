@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from ckptavg.checkpoint.files import open_descriptor
+from ckptavg.directories import close_quietly, open_descriptor
 
 _BUFFER_NBYTES = 2**18
 
@@ -106,4 +106,4 @@ class FollowingHash:
                 self._hash.update(buffer[:count])  # other threads run meanwhile
                 self._position += count
         finally:
-            os.close(descriptor)
+            close_quietly(descriptor)

@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Lock
 
 from ckptavg.blocks import Differing
-from ckptavg.checkpoint.files import open_descriptor
+from ckptavg.directories import entries, open_descriptor
 
 JOURNAL_PREFIX = ".ckptavg-journal-"
 EVALUATIONS_NAME = ".ckptavg-evaluations.jsonl"  # see evaluation_log.py
@@ -65,17 +65,37 @@ class Journal:
 
 
 def read_journals(directory: Path) -> dict[int, Differing]:
-    """Return the blocks that all journals in a directory vouch for, with what differed in them."""
+    """Return the blocks that all journals in a directory vouch for, with what differed in them.
+
+    Raises:
+        OSError: If it cannot be listed.
+    """
     done: dict[int, Differing] = {}
-    for path in sorted(directory.glob(f"{JOURNAL_PREFIX}*")):
+    for path in _journals(directory):
         done.update(_read(path))
     return done
 
 
 def remove_journals(directory: Path) -> None:
-    """Remove all journals: what they speak of is no longer so, or no longer of interest."""
-    for path in directory.glob(f"{JOURNAL_PREFIX}*"):
+    """Remove all journals: what they speak of is no longer so, or no longer of interest.
+
+    Raises:
+        OSError: If one cannot be found or removed.
+    """
+    for path in _journals(directory):
         path.unlink(missing_ok=True)
+
+
+def has_journal(directory: Path) -> bool:
+    """Tell whether a run has worked in a directory."""
+    return bool(_journals(directory))
+
+
+def _journals(directory: Path) -> list[Path]:
+    try:
+        return entries(directory, JOURNAL_PREFIX)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _read(path: Path) -> dict[int, Differing]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ckptavg.checkpoint.files import open_descriptor
+from ckptavg.directories import open_descriptor
 
 
 class LineLog:

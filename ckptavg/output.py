@@ -4,7 +4,6 @@ Everything is written into ``OUT.partial-<fingerprint>/`` beside the output, syn
 and renamed. OUT either does not exist, is what it was before, or is complete.
 """
 
-import errno
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -17,19 +16,7 @@ from typing import Self
 from ckptavg.background import Background
 from ckptavg.blocks import Differing
 from ckptavg.destination import check_replaceable
-from ckptavg.directories import (
-    RENAME_EXCHANGE,
-    RENAME_NOREPLACE,
-    abandoned,
-    bottom_up,
-    can_lock,
-    identity,
-    make_parents,
-    open_lock,
-    remove_empty,
-    rename,
-    sync_directory,
-)
+from ckptavg.directories import bottom_up, sync_directory
 from ckptavg.errors import AfterPublishError, OutputError, ProcessEndedError
 from ckptavg.hashing import FileHash
 from ckptavg.hub.threads import in_parallel
@@ -37,13 +24,13 @@ from ckptavg.journal import (
     EVALUATIONS_NAME,
     JOURNAL_PREFIX,
     Journal,
+    has_journal,
     read_journals,
     remove_journals,
 )
 from ckptavg.plan import AveragePlan
+from ckptavg.staging import PARTIAL, Stage, after_publishing
 from ckptavg.writer import ModelWriter, write_small_file
-
-_NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
 class OutputDirectory:
@@ -81,11 +68,8 @@ class OutputDirectory:
             hash_along: Whether what is written is what will be published, so that hashing it
                 meanwhile saves time.
         """
-        # the directory itself, not a link to it, is what gets replaced
-        self.output = Path(
-            os.path.realpath(output) if output.is_symlink() else os.path.abspath(output)
-        )
-        self.partial = self.output.with_name(f"{self.output.name}.partial-{plan.fingerprint}")
+        self._stage = Stage(output, PARTIAL, plan.fingerprint, shown=output, is_own=has_journal)
+        self.output, self.partial = self._stage.target, self._stage.path
         self.models = [
             ModelWriter(self.partial / one.name, plan, metadata=strings, failed=self.failed)
             for one, strings in zip(plan.outputs, metadata, strict=True)
@@ -101,13 +85,6 @@ class OutputDirectory:
         self._hash_along = hash_along and rank == 0
         self._journal: Journal | None = None
         self._background: Background | None = None
-        # what holds the name of the partial directory, whatever bears it
-        self._lock_path = self.partial.with_name(f"{self.partial.name}.lock")
-        self._lock = -1
-        self._has_locks = False
-        self._owns_partial = False
-        self._identity: tuple[int, int] | None = None  # of the partial directory
-        self._made_parents: list[Path] = []
         self._published = False
 
     def __enter__(self) -> Self:
@@ -140,12 +117,13 @@ class OutputDirectory:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._end_journal()
-        if not self._published and not self._is_in_place():
+        with suppress(OSError):  # it is no more needed, or told below
+            self._end_journal()
+        if not self._published and not self._stage.is_in_place():
             self._leave_unpublished(error)
         elif error is not None and not isinstance(error, AfterPublishError):
             self._close()
-            raise self._after_publishing(error) from error
+            raise after_publishing(self._shown, error) from error
 
     def finish_block(self, block: int, differing: Differing) -> None:
         """Note that a block is written to every model; one call at a time.
@@ -206,8 +184,8 @@ class OutputDirectory:
         Raises:
             OutputError: If the storage refuses.
         """
-        self._end_journal()
         try:
+            self._end_journal()
             remove_journals(self.partial)
             sync_directory(self.partial)
         except OSError as error:
@@ -262,65 +240,44 @@ class OutputDirectory:
                 the replaced directory could not be removed.
         """
         self.sync()
-        self._end_journal()
+        replaces = os.path.lexists(self.output)
         try:
+            self._end_journal()
+            for model in self.models:
+                model.close_synced()
             remove_journals(self.partial)
             (self.partial / EVALUATIONS_NAME).unlink(missing_ok=True)
             for directory in bottom_up(self.partial):
                 sync_directory(directory)
-            replaced = self._rename()
+            if replaces and not self._overwrite:
+                raise self._stage.appeared()
+            if replaces:
+                check_replaceable(self.output)
+            self._stage.move(replaces=replaces)
         except OSError as error:
             raise self.failed(error) from error
         except BaseException as error:
-            if not self._is_in_place():
+            if not self._stage.is_in_place():
                 raise
-            raise self._after_publishing(error) from error
+            raise after_publishing(self._shown, error) from error
         self._published = True
         try:
-            for parent in {self.output.parent, *(made.parent for made in self._made_parents)}:
-                sync_directory(parent)
-            if replaced:
-                shutil.rmtree(self.partial)
+            self._stage.confirm(replaced=replaces)
         except OSError as error:
-            left = f"; what it replaced is in {self.partial}" if replaced else ""
-            raise AfterPublishError(
-                f"{self._shown}: is published and whole, but then: {error.strerror}{left}"
-            ) from error
+            left = f"; what it replaced is in {self.partial}" if self.partial.exists() else ""
+            raise after_publishing(self._shown, error, left) from error
         finally:
             self._close()
-
-    def _rename(self) -> bool:
-        """Move the partial directory into place; return whether it now holds the replaced one."""
-        exists = os.path.lexists(self.output)
-        if exists and not self._overwrite:
-            raise OutputError(
-                f"{self._shown}: appeared while it was being written; nothing replaced"
-            )
-        if exists:
-            check_replaceable(self.output)
-        try:
-            rename(self.partial, self.output, RENAME_EXCHANGE if exists else RENAME_NOREPLACE)
-        except OSError as error:
-            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-                raise OutputError(
-                    f"{self._shown}: appeared while it was being written; nothing replaced"
-                ) from error
-            if error.errno not in _NOT_SUPPORTED:
-                raise
-            if exists:
-                raise self._cannot_exchange() from error
-            self.partial.rename(self.output)  # fails on anything but an empty directory
-        return exists
 
     # -- making and recovering
 
     def _make(self) -> None:
-        self._made_parents = make_parents(self.output)
-        self._make_partial()
+        self._stage.hold()
+        was_there = self._stage.make()
         if self._overwrite and os.path.lexists(self.output):
-            self._try_exchange()
-        if self._has_locks:
-            self._clear_others()
+            self._stage.check_exchange()
+        self._clear_others()
+        if was_there:
             if self._recover():
                 return
             for entry in self.partial.iterdir():  # of a run that was killed before it got anywhere
@@ -328,51 +285,14 @@ class OutputDirectory:
         for model in self.models:
             model.create()
 
-    def _make_partial(self) -> None:
-        """Make the partial directory, or take over a dead run's; hold its name alone."""
-        lock = open_lock(self._lock_path)
-        if lock is None:
-            raise OutputError(f"{self._shown}: another ckptavg run is writing it at this moment")
-        self._lock = lock
-        self._has_locks = can_lock(lock)
-        try:
-            self.partial.mkdir()
-        except FileExistsError as error:
-            if not self._has_locks or self.partial.is_symlink() or not self.partial.is_dir():
-                raise OutputError(
-                    f"{self.partial}: is there already; if no other run writes it, remove it"
-                ) from error
-        self._owns_partial = True
-        self._identity = identity(self.partial)
-
-    def _try_exchange(self) -> None:
-        """See before the work whether the file system can do what replacing an output takes."""
-        pair = one, other = self.partial / ".exchange-1", self.partial / ".exchange-2"
-        try:
-            for directory in pair:
-                directory.mkdir(exist_ok=True)
-            rename(one, other, RENAME_EXCHANGE)
-        except OSError as error:
-            if error.errno in _NOT_SUPPORTED:
-                raise self._cannot_exchange() from error
-            raise
-        finally:
-            for directory in pair:
-                with suppress(OSError):
-                    directory.rmdir()
-
     def _clear_others(self) -> None:
         """Remove what runs with other inputs or options left behind, unless they are alive."""
-        for stale in abandoned(self.partial):
-            if stale.is_symlink():
-                continue
-            was_continuable = bool(read_journals(stale))
-            shutil.rmtree(stale, ignore_errors=True)
-            if was_continuable and not stale.exists():
-                self.notes.append(
-                    f"{self._shown}: an interrupted run had other inputs or options; what it "
-                    "left was removed, and this one started afresh"
-                )
+        n_continuable = sum(bool(read_journals(one)) for one in self._stage.left_by_others())
+        if n_continuable:
+            self.notes.append(
+                f"{self._shown}: an interrupted run had other inputs or options; what it "
+                "left was removed, and this one started afresh"
+            )
 
     def _recover(self) -> bool:
         """Take over what an interrupted run of the same plan finished; tell whether it had."""
@@ -414,9 +334,9 @@ class OutputDirectory:
 
     def _end_journal(self) -> None:
         self._end_background()
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
+        journal, self._journal = self._journal, None
+        if journal is not None:
+            journal.close()
 
     def _leave_unpublished(self, error: BaseException | None) -> None:
         """After an interruption keep what can be continued; else leave nothing behind."""
@@ -424,9 +344,14 @@ class OutputDirectory:
             isinstance(error, Exception) and not isinstance(error, ProcessEndedError)
         )
         can_continue = (
-            self._owns_partial and self._has_locks and not is_failure and not self._is_streamed
+            self._stage.identity is not None
+            and self._stage.has_locks
+            and not is_failure
+            and not self._is_streamed
         )
-        finished = read_journals(self.partial) if can_continue else {}
+        finished: Mapping[int, Differing] = {}
+        with suppress(OSError):
+            finished = read_journals(self.partial) if can_continue else {}
         if error is None or not finished:
             self._abandon()
             return
@@ -439,34 +364,12 @@ class OutputDirectory:
     def _share(self, finished: Mapping[int, Differing]) -> str:
         return f"{100 * len(finished) / max(self._n_blocks, 1):.0f} %"
 
-    def _is_in_place(self) -> bool:
-        """Tell whether the rename happened, also if a signal came right after it."""
-        return self._identity is not None and identity(self.output) == self._identity
-
     def _abandon(self) -> None:
         for model in self.models:
             model.close()
-        if self._owns_partial:
-            shutil.rmtree(self.partial, ignore_errors=True)
-        self._close()
-        remove_empty(self._made_parents)
+        self._stage.abandon()
 
     def _close(self) -> None:
         for model in self.models:
             model.close()
-        if self._lock >= 0:
-            with suppress(OSError):
-                self._lock_path.unlink()
-            os.close(self._lock)  # and unlock
-            self._lock = -1
-
-    def _cannot_exchange(self) -> OutputError:
-        return OutputError(
-            f"{self._shown}: this file system cannot exchange two directories in one step; "
-            "remove the old output first"
-        )
-
-    def _after_publishing(self, error: BaseException) -> AfterPublishError:
-        return AfterPublishError(
-            f"{self._shown}: is published and whole, but then: {str(error) or type(error).__name__}"
-        )
+        self._stage.release()

@@ -18,7 +18,7 @@ from ckptavg._version import __version__
 from ckptavg.average import DEFAULT_MEMORY_BUDGET_BYTES
 from ckptavg.comparing import compared_along, trajectory_notes
 from ckptavg.cycles import Recorded
-from ckptavg.errors import UsageError
+from ckptavg.errors import UsageError, told_storage_errors
 from ckptavg.gathering import find_run_of, open_source
 from ckptavg.hub import natural_order
 from ckptavg.inspecting import checkpoint_info, run_info
@@ -55,6 +55,7 @@ from ckptavg.steps import (
 from ckptavg.tensors import HubRevision, OutputFormat, PushResult
 
 
+@told_storage_errors()
 def average_checkpoints(
     sources: Source | Sequence[Source],
     output: str | Path,
@@ -250,6 +251,7 @@ def average_checkpoints(
     return result if compared is None else replace(result, trajectory=compared.result())
 
 
+@told_storage_errors()
 def recompute_bn(
     source: Source,
     output: str | Path,
@@ -328,6 +330,7 @@ def recompute_bn(
     )
 
 
+@told_storage_errors()
 def push_model(
     directory: str | Path,
     repo: str,
@@ -369,6 +372,7 @@ def push_model(
     )
 
 
+@told_storage_errors()
 def inspect_checkpoint(source: Source, *, state_key: str | None = None) -> CheckpointInfo:
     """Read the headers of one checkpoint, local or on the Hub, whatever else lies beside it.
 
@@ -386,6 +390,7 @@ def inspect_checkpoint(source: Source, *, state_key: str | None = None) -> Check
         checkpoint.close()
 
 
+@told_storage_errors()
 def inspect_run(
     source: Source, *, state_key: str | None = None, selection: Selection | None = None
 ) -> RunInfo | None:
@@ -406,6 +411,7 @@ def inspect_run(
         hub.cancel()
 
 
+@told_storage_errors()
 def hub_revisions(repo: str) -> list[HubRevision]:
     """List the branches and tags of a repository on the Hub, in the order of the numbers in them.
 

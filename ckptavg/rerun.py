@@ -5,9 +5,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from ckptavg.checkpoint.formats import open_file
 from ckptavg.checkpoint.stored import StoredCheckpoint
 from ckptavg.errors import CheckpointError, OutputError
 from ckptavg.recipe_file import SECTIONS, RecipeTable
+from ckptavg.staging import temporary_directory
 from ckptavg.tensors import Piece
 from ckptavg.toml_text import toml_text
 
@@ -102,15 +103,15 @@ def run_again(
         if table and (section != "model" or "data" in table):
             kept[section] = table
     place = Path(os.path.realpath(output))
-    try:
-        holder = TemporaryDirectory(prefix=f".{place.name}.verify-", dir=place.parent)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise OutputError(
-            f"{output}: cannot be made again beside it, in {place.parent}: {reason}"
-        ) from error
-    with holder:
-        file, again = Path(holder.name, "recipe.toml"), Path(holder.name, place.name)
+    with ExitStack() as stack:
+        try:
+            holder = stack.enter_context(temporary_directory(place, "verify"))
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise OutputError(
+                f"{output}: cannot be made again beside it, in {place.parent}: {reason}"
+            ) from error
+        file, again = holder / "recipe.toml", holder / place.name
         file.write_text(toml_text(kept), encoding="utf-8")
         _run(file, again, output, recipe["torch_threads"], shows_progress=shows_progress)
         again = again / str(recipe["member"])

@@ -2,16 +2,14 @@
 
 import hashlib
 import os
-import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ckptavg.directories import abandoned, make_parents, open_lock, remove_empty
 from ckptavg.errors import OutputError
 from ckptavg.line_log import LineLog
+from ckptavg.staging import Stage
 
 
 class Scratch:
@@ -37,28 +35,28 @@ class Scratch:
         self._is_kept = identity is not None
         identity = identity or os.urandom(16).hex()
         digest = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-        output = Path(os.path.abspath(output))
-        self.path = output.with_name(f"{output.name}.{kind}-{digest}")
+        self._stage = Stage(output, kind, digest, shown=output)
+        self.path = self._stage.path
         self.notes: list[str] = []
         self._shown = output
-        self._lock_path = self.path.with_name(f"{self.path.name}.lock")
-        self._lock = -1
         self._log: LineLog | None = None
-        self._made_parents: list[Path] = []
 
     def __enter__(self) -> Self:
         try:
-            self._made_parents = make_parents(self.path)
-            lock = open_lock(self._lock_path)
-            if lock is None:
-                raise OutputError(f"{self._shown}: the same search is under way at this moment")
-            self._lock = lock
-            self.path.mkdir(exist_ok=True)
-            self._clear_others()
+            self._stage.hold()
+            self._stage.make()
+            if self._stage.clear_others():
+                self.notes.append(
+                    f"{self._shown}: an interrupted search had other inputs or options; what it "
+                    "left was removed, and this one started afresh"
+                )
             self._log = LineLog(self.path / "log.jsonl")
         except OSError as error:
-            self._remove()
+            self._stage.abandon()
             raise self.failed(error) from error
+        except BaseException:
+            self._stage.release()
+            raise
         return self
 
     def __exit__(
@@ -68,12 +66,12 @@ class Scratch:
         traceback: TracebackType | None,
     ) -> None:
         if error is None or not self.entries or not self._is_kept:
-            self._remove()
+            self._stage.abandon()
             return
         error.add_note(
             f"what was evaluated is kept in {self.path.name}; the same command goes on from it"
         )
-        os.close(self._lock)
+        self._stage.release()
 
     @property
     def entries(self) -> list[dict[str, Any]]:
@@ -97,22 +95,3 @@ class Scratch:
         """Return the error for a storage that refuses."""
         reason = (error.strerror or str(error)).lower()
         return OutputError(f"{self._shown}: {self.path.name} cannot be written: {reason}")
-
-    def _clear_others(self) -> None:
-        """Remove what searches with other inputs or options left behind, unless they are alive."""
-        for stale in abandoned(self.path):
-            if stale.is_dir() and not stale.is_symlink():
-                shutil.rmtree(stale, ignore_errors=True)
-                self.notes.append(
-                    f"{self._shown}: an interrupted search had other inputs or options; what it "
-                    "left was removed, and this one started afresh"
-                )
-
-    def _remove(self) -> None:
-        if self._lock >= 0:
-            shutil.rmtree(self.path, ignore_errors=True)
-            with suppress(OSError):
-                self._lock_path.unlink()
-            os.close(self._lock)
-            self._lock = -1
-        remove_empty(self._made_parents)

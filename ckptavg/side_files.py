@@ -15,6 +15,7 @@ from ckptavg.checkpoint.folder import (
     Folder,
     is_side_file,
 )
+from ckptavg.directories import entries
 from ckptavg.errors import CheckpointError
 from ckptavg.evidence_names import SEARCH_FILE, is_report
 from ckptavg.hub import CARD_NAME
@@ -23,7 +24,6 @@ from ckptavg.writer import ModelWriter
 
 _MAX_CARD_BYTES = 2**20
 _FRONT_MATTER = re.compile(r"---\n(.*?)\n---(?:\n|$)", re.DOTALL)
-_TEMPLATES = f"{TEMPLATE_DIRECTORY}/*.jinja"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,9 @@ def find_side_files(
     names = [  # what was found of another model is nothing of this one
         name for name in folder.names() if is_side_file(name) and not SEARCH_FILE.fullmatch(name)
     ]
-    names += [f"{TEMPLATE_DIRECTORY}/{one.name}" for one in root.glob(_TEMPLATES)]
+    if (root / TEMPLATE_DIRECTORY).is_dir():
+        found = (one.name for one in entries(root / TEMPLATE_DIRECTORY))
+        names += [f"{TEMPLATE_DIRECTORY}/{name}" for name in found if name.endswith(".jinja")]
     files, code, notes = [], [], []
     for name in sorted(names, key=PurePath):
         path = root / name

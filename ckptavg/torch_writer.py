@@ -14,9 +14,9 @@ from typing import NamedTuple
 from zlib import crc32
 
 from ckptavg.blocks import Action, TensorPlan
-from ckptavg.checkpoint.files import open_descriptor
 from ckptavg.checkpoint.pickle_names import STORAGE_DTYPES
 from ckptavg.checkpoint.strided import row_major_strides
+from ckptavg.directories import open_descriptor
 from ckptavg.hub.threads import in_parallel
 
 _STORAGE_CLASSES = {dtype: name for name, dtype in STORAGE_DTYPES.items()}

@@ -12,7 +12,15 @@ from ckptavg.average.work import usable_cpus
 from ckptavg.checkpoint.files import PositionalFile
 from ckptavg.checkpoint.folder import PROVENANCE_NAME, read_local_json
 from ckptavg.checkpoint.formats import open_file
-from ckptavg.errors import CheckpointError, HubError, SourceError, UsageError, VerificationError
+from ckptavg.directories import files_below
+from ckptavg.errors import (
+    CheckpointError,
+    HubError,
+    SourceError,
+    UsageError,
+    VerificationError,
+    told_storage_errors,
+)
 from ckptavg.evidence_names import is_report
 from ckptavg.hashing import hash_file
 from ckptavg.hub import parse_reference
@@ -77,6 +85,7 @@ class VerifyResult:
         return not self.problems
 
 
+@told_storage_errors()
 def verify_output(
     output: str | Path,
     *,
@@ -262,9 +271,7 @@ def _verified_file(output: Path, told: Mapping[str, Any]) -> VerifiedFile:
 
 def _unlisted(output: Path, listed: set[str]) -> tuple[str, ...]:
     found = {
-        path.relative_to(output).as_posix()
-        for path in output.rglob("*")
-        if (path.is_symlink() or not path.is_dir()) and not is_report(path)
+        path.relative_to(output).as_posix() for path in files_below(output) if not is_report(path)
     }
     return tuple(sorted(found - listed - {PROVENANCE_NAME}))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ckptavg.blocks import Action, TensorPlan
-from ckptavg.checkpoint.files import open_descriptor
+from ckptavg.directories import close_quietly, open_descriptor, write_all, write_synced
 from ckptavg.errors import OutputError
 from ckptavg.hashing import FileHash, FollowingHash, Part, hash_of
 from ckptavg.plan import AveragePlan
@@ -113,7 +113,7 @@ class ModelWriter:
             self.descriptors.append(descriptor)
             reserve(descriptor, file.nbytes)
             for position, content in file.known:
-                _write_all(descriptor, memoryview(content), position)
+                write_all(descriptor, memoryview(content), position)
 
     def reopen(self) -> bool:
         """Open the weight files that another run or process made; tell whether they are right."""
@@ -146,7 +146,7 @@ class ModelWriter:
         data = data.cast("B")
         try:
             for position, nbytes in self._files[shard].places(offset, data.nbytes):
-                _write_all(self.descriptors[shard], data[:nbytes], position)
+                write_all(self.descriptors[shard], data[:nbytes], position)
                 data = data[nbytes:]
         except OSError as error:
             raise self._failed(error) from error
@@ -173,7 +173,7 @@ class ModelWriter:
                 self._plan.shards, self._files, self.descriptors, strict=True
             ):
                 for position, content in file.sealed(self.directory / shard.filename, n_threads):
-                    _write_all(descriptor, memoryview(content), position)
+                    write_all(descriptor, memoryview(content), position)
         except OSError as error:
             raise self._failed(error) from error
 
@@ -238,10 +238,19 @@ class ModelWriter:
                     for position, count in self._files[shard].places(offset, nbytes):
                         yield Part(position, count, block.block)
 
-    def close(self) -> None:
-        """Close the weight files; closing twice is allowed."""
+    def close_synced(self) -> None:
+        """Close the weight files, which are on the storage.
+
+        Raises:
+            OSError: If the storage refuses even now.
+        """
         while self.descriptors:
             os.close(self.descriptors.pop())
+
+    def close(self) -> None:
+        """Close the weight files, whatever becomes of them; closing twice is allowed."""
+        while self.descriptors:
+            close_quietly(self.descriptors.pop())
 
 
 def write_small_file(path: Path, content: bytes) -> None:
@@ -251,12 +260,7 @@ def write_small_file(path: Path, content: bytes) -> None:
         OSError: If it cannot be written, or is there already.
     """
     path.parent.mkdir(exist_ok=True)
-    descriptor = _create_file(path)
-    try:
-        _write_all(descriptor, memoryview(content), 0)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_synced(path, content)
 
 
 def _header(tensors: Sequence[TensorPlan], metadata: Mapping[str, str]) -> bytes:
@@ -309,10 +313,3 @@ def _start_writeback(descriptor: int) -> None:
     function = getattr(ctypes.CDLL(None), "sync_file_range", None)
     if function is not None:
         function(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
-
-
-def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    data = data.cast("B")
-    while data.nbytes:
-        count = os.pwrite(descriptor, data, offset)
-        data, offset = data[count:], offset + count

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from conftest import tree
 
-from ckptavg import OutputError, evidence_files
-from ckptavg.directories import RENAME_EXCHANGE
+from ckptavg import AfterPublishError, OutputError, staging
 from ckptavg.evidence_files import (
     check_evidence_destination,
     data_files,
@@ -162,7 +161,7 @@ def test_a_failure_leaves_everything_as_it_was(
     def fail(*arguments: Any, **options: Any) -> Any:
         raise error
 
-    where: Any = {"fsync": os, "rename": evidence_files, "mkdir": Path}
+    where: Any = {"fsync": os, "rename": staging, "mkdir": Path}
     with monkeypatch.context() as patched:
         patched.setattr(where[failing], failing, fail)
         with pytest.raises(OutputError if isinstance(error, OSError) else KeyboardInterrupt) as got:
@@ -173,48 +172,50 @@ def test_a_failure_leaves_everything_as_it_was(
     assert [one.name for one in tmp_path.iterdir()] == (["out"] if exists else [])
 
 
-def without_flags(monkeypatch: pytest.MonkeyPatch, code: int) -> list[int]:
+def without_flags(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     """Let renames fail as on a file system that has no flags for them."""
-    asked: list[int] = []
 
     def rename(source: Path, target: Path, flags: int) -> None:
-        asked.append(flags)
         raise OSError(code, "not supported")
 
-    monkeypatch.setattr(evidence_files, "rename", rename)
-    return asked
+    monkeypatch.setattr(staging, "rename", rename)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EINVAL])
-@pytest.mark.parametrize("exists", [True, False])
-def test_file_systems_whose_renames_have_no_flags_will_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, exists: bool
+def test_file_systems_whose_renames_have_no_flags_will_do_for_what_is_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    asked = without_flags(monkeypatch, code)
-    if exists:
-        holding(tmp_path / "out", OLD)
-    publish_evidence(tmp_path / "out", FILES, overwrite=exists)
+    without_flags(monkeypatch, code)
+    publish_evidence(tmp_path / "out", FILES, overwrite=True)
     assert tree(tmp_path) == {f"out/{name}": content for name, content in FILES.items()}
-    assert (asked[0] == RENAME_EXCHANGE) is exists
     assert [one.name for one in tmp_path.iterdir()] == ["out"]
 
 
-def test_there_too_a_failure_leaves_what_was_there(
+def test_what_cannot_be_replaced_in_one_step_is_refused_before_anything_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_flags(monkeypatch, errno.EINVAL)
     holding(tmp_path / "out", OLD)
-    before, renames = tree(tmp_path), iter(range(9))
-    rename: Callable[..., Path] = Path.rename
-
-    def second_fails(path: Path, target: Path) -> Path:
-        if next(renames) == 1:
-            raise OSError(errno.EIO, "Input/output error")
-        return rename(path, target)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "rename", second_fails)
-        with pytest.raises(OutputError, match="cannot be written: input/output error"):
-            publish_evidence(tmp_path / "out", FILES, overwrite=True)
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match="cannot exchange two directories in one step; remove"):
+        check_evidence_destination(tmp_path / "out", overwrite=True)
     assert tree(tmp_path) == before
+    assert [one.name for one in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failure_after_the_exchange_is_told_as_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holding(tmp_path / "out", OLD)
+    sync = staging.sync_directory
+
+    def fail_on_parent(path: Path) -> None:
+        if path == tmp_path:
+            raise OSError(errno.EIO, "Input/output error")
+        sync(path)
+
+    monkeypatch.setattr(staging, "sync_directory", fail_on_parent)
+    with pytest.raises(AfterPublishError, match="out: is published and whole, but then: Input/out"):
+        publish_evidence(tmp_path / "out", FILES, overwrite=True)
+    assert tree(tmp_path) == {f"out/{name}": content for name, content in FILES.items()}
     assert [one.name for one in tmp_path.iterdir()] == ["out"]

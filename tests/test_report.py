@@ -784,7 +784,7 @@ def test_a_file_that_appears_meanwhile_is_kept(swa: Path, monkeypatch: pytest.Mo
     with pytest.raises(OutputError, match="appeared while it was being written"):
         write_report(swa)
     assert (swa / "report.html").read_text() == "mine"
-    assert not list(swa.glob(".report-*"))
+    assert not list(swa.glob("report.html.partial-*"))
 
 
 def test_a_file_system_without_such_a_rename_will_do(
@@ -793,7 +793,7 @@ def test_a_file_system_without_such_a_rename_will_do(
     def refuse(source: Path, target: Path, flags: int) -> None:
         raise OSError(errno.EINVAL, "no flags")
 
-    monkeypatch.setattr("ckptavg.report.write.rename", refuse)
+    monkeypatch.setattr("ckptavg.staging.rename", refuse)
     assert write_report(swa).path.exists()
 
 

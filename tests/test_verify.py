@@ -561,12 +561,12 @@ def test_an_interrupt_leaves_nothing_behind(runs: Path) -> None:
     while not Path("waiting").exists():
         assert process.poll() is None
         time.sleep(0.05)
-    assert list(runs.glob(".out.verify-*"))
+    assert list(runs.glob("out.verify-*"))
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 143
     assert "ended by SIGTERM" in err
-    assert not list(runs.glob(".out.verify-*"))
+    assert not list(runs.glob("out.verify-*"))
 
 
 def test_options_that_need_reproduce_say_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from ckptavg import (
     open_checkpoint,
 )
 from ckptavg import output as output_module
+from ckptavg import staging
 
 
 @pytest.fixture
@@ -259,7 +260,7 @@ def test_failure_after_publishing_says_so(
             raise OSError(errno.EIO, "Input/output error")
         sync(path)
 
-    monkeypatch.setattr(output_module, "sync_directory", fail_on_parent)
+    monkeypatch.setattr(staging, "sync_directory", fail_on_parent)
     with pytest.raises(AfterPublishError) as caught:
         average_checkpoints([source], tmp_path / "out")
     assert str(caught.value) == (
@@ -299,8 +300,27 @@ def test_what_a_killed_run_left_behind_is_cleared(source: Path, tmp_path: Path) 
     stale.mkdir()
     (stale / "model.safetensors").write_text("half written")
     (stale / "folder").mkdir()
+    stale.with_name(f"{stale.name}.lock").touch()
     average_checkpoints([source], tmp_path / "out", overwrite=True)
     assert leftovers(tmp_path) == ["out"]
+
+
+def test_a_directory_of_that_name_that_no_run_made_is_never_touched(
+    source: Path, tmp_path: Path
+) -> None:
+    foreign: list[Path] = []
+
+    def remember(stage: str, done: int, total: int | None) -> None:
+        foreign.extend(path for path in tmp_path.glob("out.partial-*") if path.is_dir())
+
+    average_checkpoints([source], tmp_path / "out", progress=remember)
+    (foreign[0]).mkdir()
+    (foreign[0] / "mine").write_text("kept")
+    with pytest.raises(OutputError, match=f"{foreign[0].name}: is there already; if no other run"):
+        average_checkpoints([source], tmp_path / "out", overwrite=True)
+    average_checkpoints([source, source], tmp_path / "out", overwrite=True)
+    assert (foreign[0] / "mine").read_text() == "kept"
+    assert leftovers(tmp_path) == ["out", foreign[0].name]
 
 
 def test_partial_directories_of_dead_runs_with_other_plans_are_removed(
@@ -335,7 +355,7 @@ def test_a_run_never_takes_the_directory_that_another_is_replacing(
                 average_checkpoints([source], tmp_path / "out", overwrite=True)
         sync(path)
 
-    monkeypatch.setattr(output_module, "sync_directory", start_the_same_run)
+    monkeypatch.setattr(staging, "sync_directory", start_the_same_run)
     average_checkpoints([source], tmp_path / "out", overwrite=True)
     assert refused
     assert sorted(tree(tmp_path / "out")) == ["ckptavg.json", "model.safetensors"]
@@ -353,7 +373,7 @@ def test_an_interruption_right_after_the_rename_is_told_as_published(
         if target == tmp_path / "out":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(output_module, "rename", interrupted)
+    monkeypatch.setattr(staging, "rename", interrupted)
     with pytest.raises(
         AfterPublishError, match="out: is published and whole, but then: KeyboardInterrupt$"
     ):
@@ -369,7 +389,7 @@ def test_file_system_without_exclusive_rename_still_publishes(
     def refuse(*_: Any) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(output_module, "rename", refuse)
+    monkeypatch.setattr(staging, "rename", refuse)
     average_checkpoints([source], tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").exists()
     with pytest.raises(OutputError, match="cannot exchange two directories in one step"):

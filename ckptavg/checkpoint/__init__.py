@@ -63,13 +63,12 @@ def open_checkpoint(
     path = Path(source)
     _refuse_parts(path.name, label)
     try:
-        is_directory = path.is_dir()
+        if path.is_dir():
+            checkpoint = open_directory(LocalFolder(path, label), state_key=state_key)
+        else:
+            checkpoint = open_file(PositionalFile(path, label), state_key=state_key)
     except OSError as error:  # a name that is too long, a folder that may not be entered
         raise CheckpointError(f"{label}: cannot be opened: {error.strerror}") from error
-    if is_directory:
-        checkpoint = open_directory(LocalFolder(path, label), state_key=state_key)
-    else:
-        checkpoint = open_file(PositionalFile(path, label), state_key=state_key)
     return _placed(checkpoint, str(path))
 
 

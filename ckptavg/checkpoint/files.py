@@ -4,13 +4,13 @@ A memory-mapped file that is truncated kills the process with SIGBUS; a position
 an ordinary error. Positional reads also go straight into the caller's buffer.
 """
 
-import errno
 import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from ckptavg.directories import close_quietly, open_descriptor
 from ckptavg.errors import CheckpointError
 from ckptavg.tensors import FileStamp
 
@@ -134,30 +134,8 @@ class PositionalFile:
     def close(self) -> None:
         """Close the file; closing twice is allowed."""
         if self._descriptor >= 0:
-            os.close(self._descriptor)
+            close_quietly(self._descriptor)
             self._descriptor = -1
-
-
-def open_descriptor(path: str | Path, flags: int, mode: int = 0o777) -> int:
-    """Open a file, close-on-exec, lifting the soft limit on open files where it is in the way."""
-    flags |= os.O_CLOEXEC
-    try:
-        return os.open(path, flags, mode)
-    except OSError as error:
-        if error.errno != errno.EMFILE or not _raise_open_file_limit():
-            raise
-        return os.open(path, flags, mode)
-
-
-def _raise_open_file_limit() -> bool:
-    """Lift the soft limit on open files to the hard one: K checkpoints of S shards need K x S."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == hard:
-        return False
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return True
 
 
 def _stamp(path: str, status: os.stat_result) -> FileStamp:

@@ -18,7 +18,14 @@ from typing import Any
 import click
 
 from ckptavg._version import __version__
-from ckptavg.errors import AfterPublishError, CkptavgError, UsageError, printable, without_token
+from ckptavg.errors import (
+    AfterPublishError,
+    CkptavgError,
+    UsageError,
+    printable,
+    storage_error,
+    without_token,
+)
 
 TYPED = "ckptavg.typed"  # where click's context keeps the arguments of a command as typed
 _QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
@@ -125,6 +132,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail("out of memory; nothing was published (--memory lowers the need)", 1, debug)
     except CkptavgError as error:
         return _fail(f"{error}{_notes(error)}", exit_code_of(error), debug)
+    except OSError as error:
+        return _fail(str(storage_error(error)), 1, debug)
     except Exception as error:
         hint = "" if debug else " (--debug shows the traceback; please report it)"
         return _fail(f"unexpected {type(error).__name__}: {error}{hint}", 1, debug)

@@ -30,6 +30,7 @@ from ckptavg.recipe_file import (
     unknown_key,
     wrong_type,
 )
+from ckptavg.staging import publish_file
 from ckptavg.toml_text import toml_text
 
 _NOT_RUN = ("run", "report")  # though they have an output
@@ -203,14 +204,18 @@ def save_recipe(path: str | None) -> None:
     if folder != ".":
         recipe = {"command": recipe.pop("command"), "directory": folder, **recipe}
     text = without_token(_HEADER.format(name=file.name) + toml_text(recipe))
+    overwrite = bool(context.params.get("overwrite"))
+
+    def check() -> None:
+        if os.path.lexists(file):
+            _check_replaceable(file, overwrite=overwrite)
+
     try:
         if os.path.lexists(file):
             if file.is_file() and file.read_bytes() == text.encode("utf-8"):
                 return
-            _check_replaceable(file, overwrite=bool(context.params.get("overwrite")))
-        partial = file.with_name(f"{file.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
+            check()
+        publish_file(file, text.encode("utf-8"), overwrite=overwrite, check=check)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise OutputError(f"{path}: the recipe cannot be written: {reason}") from error

@@ -28,6 +28,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it exports 
     logging,
 )
 
+from ckptavg.directories import files_below
 from ckptavg.errors import CkptavgError, HubError, UsageError, without_token
 from ckptavg.hub.references import CARD_NAME, reference_text
 from ckptavg.hub.threads import in_parallel
@@ -135,7 +136,7 @@ class _Made(NamedTuple):
 
 
 def _additions(directory: Path, card: str) -> list[CommitOperationAdd]:
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    files = [path for path in files_below(directory) if path.is_file()]
     found = {path.relative_to(directory).as_posix(): path for path in files}
     found.pop(CARD_NAME, None)
     additions = [CommitOperationAdd(name, path) for name, path in found.items()]

@@ -18,7 +18,12 @@ from ckptavg.derived import Group
 from ckptavg.derived.spectral_norm import find_spectral_norms
 from ckptavg.derived.weight_norm import find_weight_norms
 from ckptavg.ensemble_results import EnsembleMember, EnsembleResult, Members, Order
-from ckptavg.errors import IncompatibleCheckpointsError, SourceError, UsageError
+from ckptavg.errors import (
+    IncompatibleCheckpointsError,
+    SourceError,
+    UsageError,
+    told_storage_errors,
+)
 from ckptavg.evidence_files import check_evidence_destination, publish_evidence
 from ckptavg.labelled import LabelledEvaluation, device_of
 from ckptavg.landscape.ensemble_evidence import ensemble_files, summary_of
@@ -33,6 +38,7 @@ from ckptavg.sources import Source
 from ckptavg.steps import outcome_notes
 
 
+@told_storage_errors()
 def ensemble(
     sources: Source | Sequence[Source],
     output: str | Path,

@@ -10,7 +10,7 @@ from typing import Unpack
 
 import numpy as np
 
-from ckptavg.errors import UsageError
+from ckptavg.errors import UsageError, told_storage_errors
 from ckptavg.landscape.session import LandscapeOptions, best_of, landscape_session, mode_of
 from ckptavg.landscape.subspace import Row
 from ckptavg.landscape_results import PathResult, Segment
@@ -22,6 +22,7 @@ DEFAULT_POINTS = 26
 DEFAULT_RANGE = (-1.0, 1.5)
 
 
+@told_storage_errors()
 def path(
     start: Source,
     stops: Source | Sequence[Source],

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from ckptavg.errors import UsageError
+from ckptavg.errors import UsageError, told_storage_errors
 from ckptavg.landscape.points import Put
 from ckptavg.landscape.session import (
     LandscapeOptions,
@@ -32,6 +32,7 @@ DEFAULT_MARGIN = 0.2
 COMPONENTS = "pca"
 
 
+@told_storage_errors()
 def plane(
     sources: Source | Sequence[Source],
     output: str | Path,

@@ -10,7 +10,7 @@ from typing import Literal, Unpack, get_args
 
 import numpy as np
 
-from ckptavg.errors import UsageError
+from ckptavg.errors import UsageError, told_storage_errors
 from ckptavg.landscape.points import Put
 from ckptavg.landscape.session import LandscapeOptions, Session, landscape_session
 from ckptavg.landscape.subspace import Row
@@ -29,6 +29,7 @@ _BEYOND = 1.5  # times the distance between solutions, and
 _PART_OF_NORM = 0.1  # of the weights' length, where there is only one
 
 
+@told_storage_errors()
 def width(
     solutions: Mapping[str, Source],
     output: str | Path,

@@ -1,20 +1,15 @@
 """From an output to a file: gather, lay out, write whole or not at all."""
 
-import errno
 import os
-import secrets
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptavg.directories import RENAME_NOREPLACE, rename, sync_directory
-from ckptavg.errors import OutputError
+from ckptavg.errors import OutputError, told_storage_errors
 from ckptavg.evidence_names import REPORT_NAME, is_report
 from ckptavg.report.gather import find_evidence, find_models
 from ckptavg.report.page import lay_out
-
-_NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL)  # of a file system without such a rename
+from ckptavg.staging import publish_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +35,7 @@ class ReportResult:
     notes: tuple[str, ...]
 
 
+@told_storage_errors()
 def write_report(
     output: str | Path,
     evidence: Sequence[str | Path] = (),
@@ -94,34 +90,13 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
 
 
 def _write(target: Path, content: bytes, *, overwrite: bool) -> None:
-    """Write a file beside the target, bring it to the storage, and rename it."""
-    partial = target.with_name(f".report-{secrets.token_hex(8)}.partial")
     try:
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            with open(descriptor, "wb") as file:  # noqa: PTH123 - a descriptor
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            _put_in_place(partial, target, overwrite=overwrite)
-            sync_directory(target.parent)
-        finally:
-            with suppress(FileNotFoundError):
-                partial.unlink()
-    except FileExistsError as error:
-        raise OutputError(f"{target}: appeared while it was being written") from error
+        publish_file(
+            target,
+            content,
+            overwrite=overwrite,
+            check=lambda: _check_target(target, overwrite=overwrite),
+        )
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise OutputError(f"{target}: the report cannot be written: {reason}") from error
-
-
-def _put_in_place(partial: Path, target: Path, *, overwrite: bool) -> None:
-    if not overwrite:
-        try:
-            rename(partial, target, RENAME_NOREPLACE)
-            return
-        except OSError as error:
-            if error.errno not in _NOT_SUPPORTED:
-                raise
-    _check_target(target, overwrite=overwrite)  # it may have appeared meanwhile
-    partial.replace(target)

@@ -13,7 +13,7 @@ from ckptavg._version import __version__
 from ckptavg.average.work import Timings
 from ckptavg.average_options import AverageOptions, Request
 from ckptavg.blocks import Differing
-from ckptavg.errors import UsageError
+from ckptavg.errors import UsageError, told_storage_errors
 from ckptavg.evaluation_log import judge_text
 from ckptavg.live_model import check_repeatable
 from ckptavg.metrics import Judge, Mode
@@ -46,6 +46,7 @@ from ckptavg.steps import (
 from ckptavg.tensors import FLOAT64
 
 
+@told_storage_errors()
 def greedy_soup(
     sources: Source | Sequence[Source],
     output: str | Path,

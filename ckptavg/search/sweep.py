@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,8 +13,7 @@ from typing import Any, Literal, Unpack, get_args
 from ckptavg._version import __version__
 from ckptavg.average_options import AverageOptions, Request
 from ckptavg.checkpoint import Checkpoint
-from ckptavg.destination import existing_parent
-from ckptavg.errors import ModelError, UsageError
+from ckptavg.errors import ModelError, UsageError, told_storage_errors
 from ckptavg.evaluation_log import EvaluationLog, judge_text
 from ckptavg.journal import EVALUATIONS_NAME
 from ckptavg.metrics import Judge, Mode
@@ -31,6 +29,7 @@ from ckptavg.search.checks import check_search
 from ckptavg.search.contest import Contest
 from ckptavg.search.evidence import sweep_files, told_rows, verdict
 from ckptavg.sources import SingleCheckpoint, Source
+from ckptavg.staging import temporary_directory
 from ckptavg.steps import (
     Averaged,
     Clock,
@@ -46,6 +45,7 @@ Keep = Literal["best", "all"]
 Controls = Literal["all", "last", "none"]
 
 
+@told_storage_errors()
 def sweep(
     sources: Source | Sequence[Source],
     output: str | Path,
@@ -262,11 +262,10 @@ def _judged_by_command(
         "state_key", "strip_prefixes", "keep_prefix", "device", "memory_budget_bytes", "n_threads",
         "max_shard_bytes", "output_format", "include_code", "cache",
     )  # fmt: skip
-    parent = existing_parent(output)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=parent) as scratch:
+    with temporary_directory(output, "single") as scratch:
         result = average_checkpoints(
             [source],
-            Path(scratch, "model"),
+            scratch / "model",
             allow_nonfinite=True,
             batchnorm=evaluation,
             **{name: value for name, value in options.items() if name in kept},

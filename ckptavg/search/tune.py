@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptavg.average_options import AverageOptions, Request
-from ckptavg.errors import UsageError
+from ckptavg.errors import UsageError, told_storage_errors
 from ckptavg.evaluation_log import judge_text
 from ckptavg.metrics import Judge, Mode
 from ckptavg.plan import AveragePlan
@@ -34,6 +34,7 @@ _WORST = 1e30  # what the optimiser is told of a metric that is not a number
 Logits = NDArray[np.float64]
 
 
+@told_storage_errors()
 def tune(
     sources: Source | Sequence[Source],
     output: str | Path,
