@@ -26,7 +26,9 @@ FORMATS = ("safetensors", "sharded safetensors", "torch", "sharded torch")
 
 MakeCheckpoint = Callable[..., Path]
 
-pytest_plugins = ["hub_fixtures", "search_fixtures", "landscape_fixtures", "statistic_rows"]
+pytest_plugins = [
+    "hub_fixtures", "search_fixtures", "landscape_fixtures", "statistic_rows", "faults.tally",
+]  # fmt: skip
 
 
 @pytest.fixture(params=DEVICES)
