@@ -264,8 +264,7 @@ class OutputDirectory:
         try:
             self._stage.confirm(replaced=replaces)
         except OSError as error:
-            left = f"; what it replaced is in {self.partial}" if self.partial.exists() else ""
-            raise after_publishing(self._shown, error, left) from error
+            raise after_publishing(self._shown, error, self._stage.left()) from error
         finally:
             self._close()
 

@@ -243,6 +243,10 @@ class Stage:
                 self._lock_path.unlink(missing_ok=True)
             self.release()
 
+    def left(self) -> str:
+        """Say where what was replaced is, if it is still there; a part of a sentence."""
+        return f"; what it replaced is in {self.path}" if os.path.lexists(self.path) else ""
+
     def is_in_place(self) -> bool:
         """Tell whether the move happened, also if a signal came right after it."""
         return self.identity is not None and identity(self.target) == self.identity
@@ -261,7 +265,9 @@ class Stage:
     def release(self) -> None:
         """Let go of the name; what is there stays, for a later run to take over."""
         with suppress(OSError):
-            if self._lock is not None and self._is_left(self.path):  # which tells itself whose it is
+            if self._lock is not None and self._is_left(
+                self.path
+            ):  # which tells itself whose it is
                 self._lock_path.unlink()
         close_quietly(self._lock)  # and unlock
         self._lock = None
@@ -344,7 +350,7 @@ def publish_directory(
         try:
             stage.confirm(replaced=replaces)
         except OSError as error:
-            raise after_publishing(target, error) from error
+            raise after_publishing(target, error, stage.left()) from error
     finally:
         stage.abandon()
 

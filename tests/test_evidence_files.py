@@ -217,5 +217,9 @@ def test_a_failure_after_the_exchange_is_told_as_published(
     monkeypatch.setattr(staging, "sync_directory", fail_on_parent)
     with pytest.raises(AfterPublishError, match="out: is published and whole, but then: Input/out"):
         publish_evidence(tmp_path / "out", FILES, overwrite=True)
-    assert tree(tmp_path) == {f"out/{name}": content for name, content in FILES.items()}
+    assert tree(tmp_path / "out") == FILES
+    (replaced,) = (path for path in tmp_path.iterdir() if path.is_dir() and path.name != "out")
+    assert tree(replaced) == OLD
+    monkeypatch.undo()
+    publish_evidence(tmp_path / "out", FILES, overwrite=True)  # and removes that
     assert [one.name for one in tmp_path.iterdir()] == ["out"]

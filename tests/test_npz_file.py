@@ -207,12 +207,13 @@ DAMAGED = "has a damaged header"
         (npy(described(shape=f"({2**63},)")), DAMAGED),
         (npy(described(shape=f"({'1,' * 65})")), DAMAGED),
         (npy(described(descr="''")), "has the dtype '', which is not known; save float32 instead"),
-        (npy(described(descr="None")), "is of several fields, expected numbers"),
+        (npy(described(descr="None")), DAMAGED),
+        (npy(described(descr="[('a', '<f4')]")), "is of several fields, expected numbers"),
         (npy(described(shape="(5,)")), "has 16 bytes, expected 20"),
         (npy(described(shape="(3,)")), "has 16 bytes, expected 12"),
         (npy(described(shape=f"({2**62},)")), f"has 16 bytes, expected {2**64}"),
     ],
-    ids=range(29),
+    ids=range(30),
 )
 def test_damaged_and_hostile_headers_are_refused(
     tmp_path: Path, content: bytes, what: str, monkeypatch: pytest.MonkeyPatch

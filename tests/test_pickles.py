@@ -43,7 +43,7 @@ from ckptavg.checkpoint.pickle_values import (
     TensorView,
     Unsupported,
 )
-from ckptavg.checkpoint.pickles import read_pickle
+from ckptavg.checkpoint.pickles import PickleLimits, read_pickle
 from ckptavg.errors import CheckpointError, CkptavgError
 from ckptavg.tensors import DTYPE_BY_NAME, FLOAT32
 
@@ -675,13 +675,21 @@ def test_one_tuple_of_many_arguments_is_never_unpacked() -> None:
         damaged(function + many + b"R", "TypeError")
 
 
-def test_a_pickle_of_too_many_operations_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckptavg.checkpoint.pickles._MAX_OPERATIONS", 1000)
+def test_a_pickle_of_too_many_operations_is_refused() -> None:
+    limits = PickleLimits(operations=1000, values=1000)
     with pytest.raises(
         CheckpointError, match=whole("w.pt: its pickle has more than 1000 operations")
     ):
-        value_of(b"N0" * 500 + b"N")
-    assert value_of(b"N0" * 400 + b"N") is None
+        read_pickle(pickled(b"N0" * 500 + b"N"), "w.pt", limits)
+    assert read_pickle(pickled(b"N0" * 400 + b"N"), "w.pt", limits) is None
+
+
+@pytest.mark.parametrize("value", [b"]", b"}", b"X\x00\x00\x00\x00", call(name("torch", "device"))])
+def test_a_pickle_of_too_many_values_is_refused(value: bytes) -> None:
+    limits = PickleLimits(operations=10_000, values=20)
+    assert read_pickle(pickled(group(*[value] * 8)), "w.pt", limits)
+    with pytest.raises(CheckpointError, match=whole("w.pt: its pickle makes more than 20 values")):
+        read_pickle(pickled(group(*[value] * 22)), "w.pt", limits)
 
 
 def test_long_lines_are_read_in_one_go() -> None:

@@ -341,7 +341,7 @@ def test_a_compressed_program_is_told_apart(tmp_path: Path) -> None:
 def test_a_directory_of_many_megabytes_is_refused_unread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ckptavg.checkpoint.zip_directory._MAX_DIRECTORY_BYTES", 50)
+    monkeypatch.setattr("ckptavg.checkpoint.zip_directory.MAX_ZIP_DIRECTORY_BYTES", 50)
     what = "has a zip directory that is not where its end record says"
     refused(tmp_path, zip_bytes([ONE]), what)
 

@@ -12,6 +12,7 @@ from ckptavg.checkpoint.dcp_metadata import METADATA_NAME, DcpMetadata, StoredPa
 from ckptavg.checkpoint.dcp_safetensors import part_offsets
 from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.checkpoint.folder import Folder
+from ckptavg.checkpoint.limits import MAX_DCP_METADATA_BYTES
 from ckptavg.checkpoint.pickle_values import Pairs, Storage, TensorView
 from ckptavg.checkpoint.safetensors import SafetensorsHeader, read_header
 from ckptavg.checkpoint.sharded import AnyPlace, Part, Place, assembled
@@ -36,7 +37,6 @@ _STATES = ("train_state", "trainer_state", "training_state", "state", "progress"
 _FACTS_NAMES = ("meta.pt", "common.pt")
 _MAX_FACTS_BYTES = 64 * 2**20
 LAYOUT = "torch.distributed.checkpoint directory"
-_MAX_METADATA_BYTES = 256 * 2**20
 _MAX_SIZE = 2**63
 _MAX_STATE_BYTES = 64 * 2**10  # a step; what is longer is something else
 _EDGE_BYTES = 1024  # headers at both ends of the torch file that a part is
@@ -180,9 +180,9 @@ def open_dcp(folder: Folder, *, state_key: str | None) -> StoredCheckpoint:
     files = _Files(folder)
     files.opened[METADATA_NAME] = file
     try:
-        if file.size > _MAX_METADATA_BYTES:
+        if file.size > MAX_DCP_METADATA_BYTES:
             raise CheckpointError(
-                f"{label}: has {file.size} bytes, at most {_MAX_METADATA_BYTES} are allowed"
+                f"{label}: has {file.size} bytes, at most {MAX_DCP_METADATA_BYTES} are allowed"
             )
         metadata = DcpMetadata(file.read(0, file.size), label)
         root = _nested(metadata, label)

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptavg.checkpoint.folder import is_plain_file_name
+from ckptavg.checkpoint.limits import MAX_DIMENSIONS
 from ckptavg.checkpoint.pickle_values import Inert, Name, Pairs
-from ckptavg.checkpoint.pickles import read_pickle
+from ckptavg.checkpoint.pickles import DCP_LIMITS, read_pickle
 from ckptavg.checkpoint.sharded import MAX_PARTS
 from ckptavg.errors import CheckpointError
 from ckptavg.tensors import DTYPE_BY_NAME, DType
 
 METADATA_NAME = ".metadata"
-_MAX_DIMENSIONS = 64
 _MAX_SIZE = 2**63
 _MAX_DEPTH = 16
 _MAX_ALL_PARTS = 1_000_000  # many tensors may share one list of them
@@ -58,7 +58,7 @@ class DcpMetadata:
     def __init__(self, raw: bytes, label: str) -> None:
         self._label = label
         self._n_parts = 0
-        root = read_pickle(raw, label)
+        root = read_pickle(raw, label, DCP_LIMITS)
         if type(root) is not Inert or root.name not in _ROOTS:
             raise self._damaged("it does not hold checkpoint metadata")
         self.saved = {
@@ -146,7 +146,7 @@ class DcpMetadata:
         return str(value) if type(value) is int else self._text(value)
 
     def _numbers(self, value: Any) -> tuple[int, ...]:
-        if type(value) not in (tuple, list) or len(value) > _MAX_DIMENSIONS:
+        if type(value) not in (tuple, list) or len(value) > MAX_DIMENSIONS:
             raise self._damaged("a shape is not a tuple of sizes")
         if not all(type(size) is int and 0 <= size < _MAX_SIZE for size in value):
             raise self._damaged("a shape is not a tuple of sizes")

@@ -20,6 +20,7 @@ from ckptavg.checkpoint.folder import (
     read_json,
 )
 from ckptavg.checkpoint.formats import open_file
+from ckptavg.checkpoint.limits import MAX_SHARDS
 from ckptavg.checkpoint.position import Position, position_from_name
 from ckptavg.checkpoint.sharded import AnyPlace
 from ckptavg.checkpoint.stored import StoredCheckpoint
@@ -38,7 +39,6 @@ _INDEXED = (
     ("pytorch_model.bin.index.json", "pytorch_model.bin", "sharded torch directory"),
 )
 _TORCH_NAME = "model.pt"
-_MAX_SHARDS = 10_000
 # accelerate's, of a second and a third model
 _NEXT_MODEL = re.compile(r"(model|pytorch_model|pytorch_model_fsdp)_\d+\.(safetensors|bin)")
 _SHARD = re.compile(r"(model|pytorch_model)-(\d+)-of-(\d+)\.(safetensors|bin)")
@@ -267,8 +267,8 @@ def _read_index(folder: Folder, name: str, label: str) -> dict[str, set[str]]:
                 f"{label}: names '{shard_name}' as a shard: only plain file names are allowed"
             )
         names_by_shard.setdefault(shard_name, set()).add(name)
-    if len(names_by_shard) > _MAX_SHARDS:
-        raise CheckpointError(f"{label}: lists more than {_MAX_SHARDS} shards")
+    if len(names_by_shard) > MAX_SHARDS:
+        raise CheckpointError(f"{label}: lists more than {MAX_SHARDS} shards")
     return {shard: names_by_shard[shard] for shard in sorted(names_by_shard)}
 
 

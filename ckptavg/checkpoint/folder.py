@@ -1,6 +1,5 @@
 """Where checkpoints lie: a directory of this machine, or a folder on the Hub, seen alike."""
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -8,13 +7,14 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Protocol
 
 from ckptavg.checkpoint.files import PositionalFile, ReadableFile
-from ckptavg.errors import CheckpointError, IncompleteCheckpointError
+from ckptavg.checkpoint.limits import MAX_JSON_BYTES
+from ckptavg.checkpoint.strict_json import parse_object
+from ckptavg.errors import CheckpointError
 from ckptavg.tensors import HubRevision
 
 PROVENANCE_NAME = "ckptavg.json"
 MAX_SIDE_FILE_BYTES = 256 * 2**20
 TEMPLATE_DIRECTORY = "additional_chat_templates"
-_MAX_JSON_BYTES = 100_000_000
 
 # weights in any format, training state, and what is written anew
 _LEFT_OUT = re.compile(
@@ -174,22 +174,15 @@ def read_json(folder: Folder, name: str) -> dict[str, Any] | None:
     if not folder.has(name):
         return None
     label = f"{folder.label}/{name}"
-    file, raw = folder.open(name, label), b""
+    file = folder.open(name, label)
     try:
-        if file.size > _MAX_JSON_BYTES:
+        if file.size > MAX_JSON_BYTES:
             raise CheckpointError(f"{label}: has {file.size} bytes, too many for a JSON side file")
         raw = file.read(0, file.size)
         file.verify()
-        value = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        is_cut = not raw.rstrip().endswith(b"}")  # of an object, which all of these are
-        kind = IncompleteCheckpointError if is_cut else CheckpointError
-        raise kind(f"{label}: is not valid JSON") from error
     finally:
         file.close()
-    if type(value) is not dict:
-        raise CheckpointError(f"{label}: is not a JSON object")
-    return value
+    return parse_object(raw, label)
 
 
 def read_local_json(path: Path) -> dict[str, Any] | None:

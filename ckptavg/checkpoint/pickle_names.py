@@ -6,11 +6,11 @@ Nothing here imports or looks up what a name stands for; every other name is ref
 from collections.abc import Callable
 from typing import Any
 
+from ckptavg.checkpoint.limits import MAX_DIMENSIONS
 from ckptavg.checkpoint.pickle_values import Inert, Name, Pairs, Storage, TensorView, Unsupported
 from ckptavg.tensors import DTYPE_BY_NAME, DType
 
 _MAX_ARGUMENTS = 16  # no function below takes more; a shared tuple must not be unpacked repeatedly
-_MAX_DIMENSIONS = 64
 _MAX_SIZE = 2**63
 
 STORAGE_DTYPES = {
@@ -225,8 +225,8 @@ def _view(
         raise TypeError("a damaged tensor")
     if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides):
         raise TypeError("a damaged tensor")
-    if len(shape) > _MAX_DIMENSIONS:
-        return Unsupported(f"of more than {_MAX_DIMENSIONS} dimensions")
+    if len(shape) > MAX_DIMENSIONS:
+        return Unsupported(f"of more than {MAX_DIMENSIONS} dimensions")
     if not all(type(size) is int and 0 <= size < _MAX_SIZE for size in (*shape, *strides)):
         raise TypeError("a damaged tensor")
     if dtype.bits < 8:

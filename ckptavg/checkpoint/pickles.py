@@ -12,13 +12,28 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from ckptavg.checkpoint.limits import (
+    MAX_DCP_OPERATIONS,
+    MAX_PICKLE_OPERATIONS,
+    MAX_PICKLE_VALUES,
+    no_garbage_collection,
+)
 from ckptavg.checkpoint.pickle_names import called, instance, is_known, storage
 from ckptavg.checkpoint.pickle_values import Inert, Name, Pairs, Storage, TensorView, Unsupported
 from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 
-MAX_PICKLE_BYTES = 64 * 2**20  # what readers hand over at most
-_MAX_OPERATIONS = 10_000_000
 _MAX_INTEGER_BYTES = 64
+
+
+class PickleLimits(NamedTuple):
+    """How much a pickle may do: operations, and values that take room of their own."""
+
+    operations: int
+    values: int
+
+
+FILE_LIMITS = PickleLimits(MAX_PICKLE_OPERATIONS, MAX_PICKLE_VALUES)
+DCP_LIMITS = PickleLimits(MAX_DCP_OPERATIONS, MAX_DCP_OPERATIONS)
 
 
 class FoundPickle(NamedTuple):
@@ -46,12 +61,13 @@ class _Mark:
 _MARK = _Mark()
 
 
-def read_pickle(raw: bytes, label: str) -> Any:
+def read_pickle(raw: bytes, label: str, limits: PickleLimits = FILE_LIMITS) -> Any:
     """Return the inert value that a pickle describes.
 
     Args:
         raw: The whole pickle.
         label: What messages call the file.
+        limits: How much it may make.
 
     Returns:
         Numbers, strings, bytes, None, lists, tuples, ``Pairs``, ``TensorView``, ``Storage``,
@@ -60,21 +76,24 @@ def read_pickle(raw: bytes, label: str) -> Any:
     Raises:
         CheckpointError: If the pickle is damaged, or needs anything beyond describing data.
     """
-    found = read_pickle_at(raw, 0, label)
+    found = read_pickle_at(raw, 0, label, limits)
     if found is None:
         raise IncompleteCheckpointError(f"{label}: its pickle is damaged (it ends early)")
     return found.value
 
 
-def read_pickle_at(raw: bytes, start: int, label: str) -> FoundPickle | None:
+def read_pickle_at(
+    raw: bytes, start: int, label: str, limits: PickleLimits = FILE_LIMITS
+) -> FoundPickle | None:
     """Read the pickle that begins somewhere in ``raw``; None if its end is not there.
 
     Raises:
         CheckpointError: As ``read_pickle`` does, for what comes before the end of ``raw``.
     """
-    machine = _Machine(raw, start, label)
+    machine = _Machine(raw, start, label, limits)
     try:
-        value = machine.run()
+        with no_garbage_collection():
+            value = machine.run()
         return FoundPickle(value, machine.at, machine.storages)
     except _EndOfBytesError:
         return None
@@ -84,17 +103,20 @@ def read_pickle_at(raw: bytes, start: int, label: str) -> FoundPickle | None:
 
 
 class _Machine:
-    def __init__(self, raw: bytes, start: int, label: str) -> None:
+    def __init__(self, raw: bytes, start: int, label: str, limits: PickleLimits) -> None:
         self.at = start
         self.storages: dict[str, Storage | Unsupported] = {}
         self._raw = raw
         self._label = label
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
+        self._lines: dict[bytes, Name] = {}  # of names that were found to be known
+        self._limits = limits
+        self._values_left = limits.values
 
     def run(self) -> Any:
         raw, operations, end = self._raw, _OPERATIONS, len(self._raw)
-        for _ in range(_MAX_OPERATIONS):
+        for _ in range(self._limits.operations):
             if self.at >= end:
                 raise _EndOfBytesError
             code = raw[self.at]
@@ -110,7 +132,7 @@ class _Machine:
                     f"uses the pickle operation 0x{code:02x}, which torch never writes"
                 )
             operation(self)
-        raise self._refuse(f"its pickle has more than {_MAX_OPERATIONS} operations")
+        raise self._refuse(f"its pickle has more than {self._limits.operations} operations")
 
     def _refuse(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self._label}: {what}")
@@ -145,6 +167,13 @@ class _Machine:
     # -- the stack
 
     def push(self, value: Any) -> None:
+        self._stack.append(value)
+
+    def make(self, value: Any, size: int = 1) -> None:
+        """Push a value that takes room of its own."""
+        self._values_left -= size
+        if self._values_left < 0:
+            raise self._refuse(f"its pickle makes more than {self._limits.values} values")
         self._stack.append(value)
 
     def pop(self) -> Any:
@@ -209,12 +238,24 @@ class _Machine:
 
     def mapping(self) -> None:
         flat = self.pop_group()
-        self.push(Pairs())
+        self.make(Pairs(), 2)
         self.set_items(flat)
 
     def inert_group(self) -> None:
         self.pop_group()
-        self.push(Inert("frozenset"))
+        self.make(Inert("frozenset"))
+
+    def global_name(self) -> None:
+        middle = self._raw.find(b"\n", self.at)
+        end = self._raw.find(b"\n", middle + 1)
+        name = self._lines.get(self._raw[self.at : end]) if 0 <= middle < end else None
+        if name is None:
+            start = self.at
+            self.find_name(self.line(), self.line())
+            self._lines[self._raw[start:end]] = self.top()
+        else:
+            self.at = end + 1
+            self.push(name)
 
     def find_name(self, module: str, attribute: str) -> None:
         name = Name(module, attribute)
@@ -230,16 +271,17 @@ class _Machine:
         if type(module) is not str or type(attribute) is not str:
             raise TypeError("a name that is not a string")
         self.find_name(module, attribute)
+        self._values_left -= 1
 
     def call(self) -> None:
         arguments, function = self.pop(), self.pop()
         if type(function) is not Name or type(arguments) is not tuple:
             raise TypeError("calls a value that is not a name")
-        self.push(called(function, arguments))
+        self.make(called(function, arguments), 2)
 
     def new_object(self) -> None:
         _arguments, cls = self.pop(), self.pop()
-        self.push(instance(cls))
+        self.make(instance(cls), 2)
 
     def new_object_with_keywords(self) -> None:
         self.pop()
@@ -262,7 +304,7 @@ class _Machine:
                 "holds views of storages (view_metadata), which torch no longer writes; load it "
                 "once with torch.load(..., weights_only=True) and save it again with torch.save"
             )
-        self.push(storage(kind, key, numel))
+        self.make(storage(kind, key, numel))
         self.storages.setdefault(key, self.top())
 
 
@@ -288,18 +330,18 @@ _OPERATIONS: dict[int, Callable[[_Machine], object]] = {
         "\x8b": lambda m: m.integer(m.number("<I")),  # LONG4
         "F": lambda m: m.push(float(m.line())),  # FLOAT
         "G": lambda m: m.push(m.number(">d")),  # BINFLOAT
-        "V": lambda m: m.push(m.line("raw-unicode-escape")),  # UNICODE
-        "X": lambda m: m.push(m.take(m.number("<I")).decode("utf-8", "surrogatepass")),
-        "\x8c": lambda m: m.push(m.take(m.number("<B")).decode("utf-8", "surrogatepass")),
-        "\x8d": lambda m: m.push(m.take(m.number("<Q")).decode("utf-8", "surrogatepass")),
-        "S": lambda m: m.push(m.quoted_line()),  # STRING
-        "T": lambda m: m.push(m.take(m.number("<I")).decode("latin-1")),  # BINSTRING
-        "U": lambda m: m.push(m.take(m.number("<B")).decode("latin-1")),  # SHORT_BINSTRING
-        "B": lambda m: m.push(m.take(m.number("<I"))),  # BINBYTES
-        "C": lambda m: m.push(m.take(m.number("<B"))),  # SHORT_BINBYTES
-        "\x8e": lambda m: m.push(m.take(m.number("<Q"))),  # BINBYTES8
+        "V": lambda m: m.make(m.line("raw-unicode-escape")),  # UNICODE
+        "X": lambda m: m.make(m.take(m.number("<I")).decode("utf-8", "surrogatepass")),
+        "\x8c": lambda m: m.make(m.take(m.number("<B")).decode("utf-8", "surrogatepass")),
+        "\x8d": lambda m: m.make(m.take(m.number("<Q")).decode("utf-8", "surrogatepass")),
+        "S": lambda m: m.make(m.quoted_line()),  # STRING
+        "T": lambda m: m.make(m.take(m.number("<I")).decode("latin-1")),  # BINSTRING
+        "U": lambda m: m.make(m.take(m.number("<B")).decode("latin-1")),  # SHORT_BINSTRING
+        "B": lambda m: m.make(m.take(m.number("<I"))),  # BINBYTES
+        "C": lambda m: m.make(m.take(m.number("<B"))),  # SHORT_BINBYTES
+        "\x8e": lambda m: m.make(m.take(m.number("<Q"))),  # BINBYTES8
         "\x96": lambda m: m.push(m.take(m.number("<Q"))),  # BYTEARRAY8
-        "]": lambda m: m.push([]),  # EMPTY_LIST
+        "]": lambda m: m.make([]),  # EMPTY_LIST
         "l": lambda m: m.push(m.pop_group()),  # LIST
         "a": lambda m: m.append([m.pop()]),  # APPEND
         "e": lambda m: m.append(m.pop_group()),  # APPENDS
@@ -308,11 +350,11 @@ _OPERATIONS: dict[int, Callable[[_Machine], object]] = {
         "\x85": lambda m: m.push((m.pop(),)),  # TUPLE1
         "\x86": lambda m: m.push((m.pop(), m.pop())[::-1]),  # TUPLE2
         "\x87": lambda m: m.push((m.pop(), m.pop(), m.pop())[::-1]),  # TUPLE3
-        "}": lambda m: m.push(Pairs()),  # EMPTY_DICT
+        "}": lambda m: m.make(Pairs(), 2),  # EMPTY_DICT
         "d": _Machine.mapping,  # DICT
         "s": lambda m: m.set_items([m.pop(), m.pop()][::-1]),  # SETITEM
         "u": lambda m: m.set_items(m.pop_group()),  # SETITEMS
-        "\x8f": lambda m: m.push(Inert("set")),  # EMPTY_SET
+        "\x8f": lambda m: m.make(Inert("set")),  # EMPTY_SET
         "\x90": lambda m: m.append(m.pop_group()),  # ADDITEMS
         "\x91": _Machine.inert_group,  # FROZENSET
         "g": lambda m: m.load(int(m.line())),  # GET
@@ -322,7 +364,7 @@ _OPERATIONS: dict[int, Callable[[_Machine], object]] = {
         "q": lambda m: m.store(m.number("<B")),  # BINPUT
         "r": lambda m: m.store(m.number("<I")),  # LONG_BINPUT
         "\x94": lambda m: m.store(len(m._memo)),  # MEMOIZE
-        "c": lambda m: m.find_name(m.line(), m.line()),  # GLOBAL
+        "c": _Machine.global_name,  # GLOBAL
         "\x93": _Machine.stack_name,  # STACK_GLOBAL
         "R": _Machine.call,  # REDUCE
         "b": _Machine.build,  # BUILD

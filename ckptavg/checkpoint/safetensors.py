@@ -5,16 +5,16 @@ endian; a JSON header of that length that begins with ``{``; then the data, with
 are not interpreted here.
 """
 
-import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckptavg.checkpoint.files import ReadableFile
+from ckptavg.checkpoint.limits import MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_TENSORS
+from ckptavg.checkpoint.strict_json import Pairs, parse_object
 from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 from ckptavg.tensors import DTYPE_BY_CODE, TensorInfo
 
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-MAX_DIMENSIONS = 64
+_FORMAT_HEADER_BYTES = 100_000_000  # what the format allows
 _MAX_TENSOR_BITS = 2**64  # numel x bits must fit what other readers compute in
 _MAX_SIZE = 2**63
 
@@ -52,12 +52,14 @@ def read_header(file: ReadableFile) -> SafetensorsHeader:
     if file.size < 8:
         raise refuse(f"has {file.size} bytes, too short for a safetensors file")
     header_bytes = int.from_bytes(file.read(0, 8), "little")
-    if header_bytes > MAX_HEADER_BYTES:
+    if header_bytes > _FORMAT_HEADER_BYTES:
         raise refuse(
             f"is not a safetensors file: its header would have {header_bytes} bytes, "
-            f"at most {MAX_HEADER_BYTES} are allowed"
+            f"at most {_FORMAT_HEADER_BYTES} are allowed"
         )
     data_start = 8 + header_bytes
+    if header_bytes > MAX_HEADER_BYTES and data_start <= file.size:
+        raise refuse(f"has a header of {header_bytes} bytes, at most {MAX_HEADER_BYTES} are read")
     if data_start > file.size:
         raise refuse(
             f"has {file.size} bytes, but its header alone needs {data_start}: it is truncated",
@@ -66,7 +68,9 @@ def read_header(file: ReadableFile) -> SafetensorsHeader:
     raw = file.read(8, header_bytes)
     if not raw.startswith(b"{"):
         raise refuse("is not a safetensors file: its header does not begin with '{'")
-    header = _parse_json(raw, refuse)
+    if (count := raw.count(b'"data_offsets"')) > MAX_TENSORS:
+        raise refuse(f"has {count} tensors, at most {MAX_TENSORS} are allowed")
+    header = parse_object(raw, file.label, what="its header", made_of=_entry)
     metadata = _parse_metadata(header.pop("__metadata__", {}), refuse)
 
     entries = []
@@ -98,34 +102,18 @@ def read_header(file: ReadableFile) -> SafetensorsHeader:
     )
 
 
-def _parse_json(raw: bytes, refuse: Any) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        mapping = dict(pairs)
-        if len(mapping) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]  # set.add returns None on purpose
-            raise refuse(f"its header names '{twice}' twice")
-        return mapping
+class _Entry(NamedTuple):
+    """What a header says of a tensor, as it says it; lists are tuples, which take less room."""
 
-    def no_constant(text: str) -> None:
-        raise refuse(f"its header holds {text}, which is not JSON")
-
-    try:
-        text = raw.decode("utf-8")
-        header = json.loads(
-            text, object_pairs_hook=unique, parse_constant=no_constant, parse_int=_parse_integer
-        )
-        if "\\ud" in text.lower():  # half of a surrogate pair is no character
-            json.dumps(header, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError, JSONDecodeError
-        raise refuse("its header is not valid JSON: the file is damaged") from error
-    if type(header) is not dict:
-        raise refuse("its header is not a JSON object")
-    return header
+    dtype: Any
+    shape: Any
+    data_offsets: Any
 
 
-def _parse_integer(text: str) -> int | float:
-    return -0.0 if text == "-0" else int(text)  # what it is to other readers
+def _entry(pairs: Pairs) -> _Entry | None:
+    """Return the entry that names and values make; None if they make another object."""
+    told = {name: tuple(value) if type(value) is list else value for name, value in pairs}
+    return _Entry(**told) if len(pairs) == 3 and told.keys() == {*_Entry._fields} else None
 
 
 def _parse_metadata(value: Any, refuse: Any) -> dict[str, str]:
@@ -135,21 +123,21 @@ def _parse_metadata(value: Any, refuse: Any) -> dict[str, str]:
 
 
 def _parse_entry(name: str, entry: Any, refuse: Any) -> tuple[TensorInfo, int, int]:
-    if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
+    if type(entry) is not _Entry:
         raise refuse(f"tensor '{name}' has other fields than dtype, shape and data_offsets")
-    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    code, shape, offsets = entry
     dtype = DTYPE_BY_CODE.get(code) if type(code) is str else None
     if dtype is None:
         what = f"the unknown dtype '{code}'" if type(code) is str else "a dtype that is no string"
         raise refuse(f"tensor '{name}' has {what}")
-    if type(shape) is not list or not all(type(size) is int and size >= 0 for size in shape):
+    if type(shape) is not tuple or not all(type(size) is int and size >= 0 for size in shape):
         raise refuse(f"tensor '{name}' has a shape that is not a list of sizes")
     if len(shape) > MAX_DIMENSIONS:
         raise refuse(
             f"tensor '{name}' has {len(shape)} dimensions, at most {MAX_DIMENSIONS} are allowed"
         )
     if (
-        type(offsets) is not list
+        type(offsets) is not tuple
         or len(offsets) != 2
         or not all(type(offset) is int and offset >= 0 for offset in offsets)
         or offsets[0] > offsets[1]
@@ -162,10 +150,10 @@ def _parse_entry(name: str, entry: Any, refuse: Any) -> tuple[TensorInfo, int, i
             raise refuse(f"tensor '{name}' has an impossible size")
     begin, end = offsets
     if bits % 8:
-        raise refuse(f"tensor '{name}' of {dtype} and shape {shape} ends inside a byte")
+        raise refuse(f"tensor '{name}' of {dtype} and shape {[*shape]} ends inside a byte")
     if bits // 8 != end - begin:
         raise refuse(
-            f"tensor '{name}' of {dtype} and shape {shape} needs {bits // 8} bytes, "
+            f"tensor '{name}' of {dtype} and shape {[*shape]} needs {bits // 8} bytes, "
             f"but its data_offsets hold {end - begin}"
         )
-    return TensorInfo(dtype, tuple(shape)), begin, end
+    return TensorInfo(dtype, shape), begin, end

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.checkpoint.folder import Folder
+from ckptavg.checkpoint.limits import MAX_NAME_CHARACTERS
 from ckptavg.checkpoint.protocol import READ_SCRATCH_BYTES
 from ckptavg.checkpoint.scheduler_state import SchedulerState
 from ckptavg.checkpoint.sharded import AnyPlace, Boxes, Place, Rows
 from ckptavg.checkpoint.strided import read_strided
+from ckptavg.errors import CheckpointError
 from ckptavg.tensors import FileStamp, HubRevision, Piece, TensorInfo
 
 if TYPE_CHECKING:  # importing huggingface_hub takes longer than averaging many models
@@ -21,7 +23,11 @@ _MAX_GAP_BYTES = 4096  # torch archives pad between tensors; reading the gap is 
 
 @dataclass(kw_only=True)
 class StoredCheckpoint:
-    """Implements the ``Checkpoint`` protocol over positional reads of files."""
+    """Implements the ``Checkpoint`` protocol over positional reads of files.
+
+    Raises:
+        CheckpointError: When it is made, if a name is longer than any model needs.
+    """
 
     label: str
     layout: str
@@ -45,6 +51,12 @@ class StoredCheckpoint:
 
     def __post_init__(self) -> None:
         self.files = [file.stamp for file in self.open_files]
+        longest = max(map(len, self.tensors), default=0)
+        if longest > MAX_NAME_CHARACTERS:
+            raise CheckpointError(
+                f"{self.label}: a tensor's name has {longest} characters, at most "
+                f"{MAX_NAME_CHARACTERS} are allowed"
+            )
 
     @property
     def hub(self) -> HubRevision | None:

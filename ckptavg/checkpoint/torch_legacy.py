@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from ckptavg.checkpoint.files import ReadableFile
+from ckptavg.checkpoint.limits import MAX_PICKLE_BYTES
 from ckptavg.checkpoint.pickle_values import Pairs, Storage
-from ckptavg.checkpoint.pickles import MAX_PICKLE_BYTES, FoundPickle, read_pickle_at
+from ckptavg.checkpoint.pickles import FoundPickle, read_pickle_at
 from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C

@@ -5,8 +5,9 @@ from typing import Any
 from zlib import crc32
 
 from ckptavg.checkpoint.files import ReadableFile
+from ckptavg.checkpoint.limits import MAX_PICKLE_BYTES
 from ckptavg.checkpoint.pickle_values import Storage
-from ckptavg.checkpoint.pickles import MAX_PICKLE_BYTES, read_pickle
+from ckptavg.checkpoint.pickles import read_pickle
 from ckptavg.checkpoint.zip_directory import Member, ZipDirectory
 from ckptavg.errors import CheckpointError
 

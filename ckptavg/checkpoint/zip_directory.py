@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ckptavg.checkpoint.files import ReadableFile
+from ckptavg.checkpoint.limits import MAX_ZIP_DIRECTORY_BYTES, MAX_ZIP_MEMBERS
 from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 
 _END = struct.Struct("<4sHHHHIIH")
@@ -20,7 +21,6 @@ _ZIP64_END = struct.Struct("<4sQHHIIQQQQ")
 _ENTRY = struct.Struct("<4sHHHHHHIIIHHHHHII")
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _MAX_COMMENT_BYTES = 65_535
-_MAX_DIRECTORY_BYTES = 100_000_000
 _ENCRYPTED_FLAG = 0x1
 _DESCRIPTOR_FLAG = 0x8
 _DESCRIPTOR_BYTES = (16, 24)  # signature, CRC-32 and both sizes, of 4 or 8 bytes each
@@ -137,8 +137,14 @@ class ZipDirectory:
                     raise self._refuse("has a damaged zip64 directory")
                 count, nbytes, start = fields[7:10]
                 end = zip64_end
-        if start + nbytes != end or nbytes > _MAX_DIRECTORY_BYTES or count * _ENTRY.size > nbytes:
+        if (
+            start + nbytes != end
+            or nbytes > MAX_ZIP_DIRECTORY_BYTES
+            or count * _ENTRY.size > nbytes
+        ):
             raise self._refuse("has a zip directory that is not where its end record says")
+        if count > MAX_ZIP_MEMBERS:
+            raise self._refuse(f"has {count} zip members, at most {MAX_ZIP_MEMBERS} are allowed")
         return count, start, nbytes
 
     def _read_members(self, count: int, start: int, nbytes: int) -> dict[str, Member]:

@@ -1,0 +1,98 @@
+"""JSON from files that anyone may have written: an object, each name once, within bounds.
+
+Python's parser takes more than JSON (NaN, halves of characters, names given twice) and any amount
+of it; what it would make is bounded beforehand, by counting the characters that make it.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from ckptavg.checkpoint.limits import MAX_JSON_NESTING, no_garbage_collection
+from ckptavg.errors import CheckpointError, IncompleteCheckpointError
+
+Pairs = list[tuple[str, Any]]
+# how often each may stand in a text; names and values of a model come nowhere near
+_MOST = {b"{": 300_000, b"[": 500_000, b":": 2_000_000, b",": 3_000_000}
+
+
+def parse_object(
+    raw: bytes,
+    label: str,
+    *,
+    what: str = "",
+    made_of: Callable[[Pairs], Any] | None = None,
+) -> dict[str, Any]:
+    """Return the JSON object that a text is.
+
+    Args:
+        raw: The text, in UTF-8.
+        label: The file it comes from, which messages begin with.
+        what: Which part of it, such as ``its header``, where it is not the whole; it cannot be
+            cut short then.
+        made_of: Returns what takes the place of an inner object with these names and values;
+            None of it is an object as any other.
+
+    Raises:
+        IncompleteCheckpointError: If it ends early.
+        CheckpointError: If it is anything else, or more than a model needs.
+    """
+
+    def refuse(why: str, kind: type[CheckpointError] = CheckpointError) -> CheckpointError:
+        return kind(f"{label}: {what} {why}" if what else f"{label}: {why}")
+
+    def unique(pairs: Pairs) -> Any:
+        made = made_of(pairs) if made_of is not None else None
+        if made is not None:
+            return made
+        mapping = dict(pairs)
+        if len(mapping) != len(pairs):
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]  # set.add returns None on purpose
+            raise refuse(f"names '{twice}' twice")
+        return mapping
+
+    def no_constant(text: str) -> None:
+        raise refuse(f"holds {text}, which is not JSON")
+
+    for character, most in _MOST.items():
+        if (count := raw.count(character)) > most:
+            raise refuse(f"has {count} '{character.decode()}', at most {most} are allowed")
+    try:
+        text = raw.decode("utf-8")
+        with no_garbage_collection():
+            value = json.loads(
+                text, object_pairs_hook=unique, parse_constant=no_constant, parse_int=_integer
+            )
+        if "\\ud" in text.lower():  # half of a surrogate pair is no character
+            json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError, JSONDecodeError
+        is_cut = not what and not raw.rstrip().endswith(b"}")
+        kind = IncompleteCheckpointError if is_cut else CheckpointError
+        raise refuse(
+            "is not valid JSON" + (": the file is damaged" if what else ""), kind
+        ) from error
+    if type(value) is not dict:
+        raise refuse("is not a JSON object")
+    if _is_deeper(value, MAX_JSON_NESTING):
+        raise refuse(f"is nested more than {MAX_JSON_NESTING} deep")
+    return value
+
+
+def _integer(text: str) -> int | float:
+    return -0.0 if text == "-0" else int(text)  # what it is to other readers
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    """Tell whether containers are nested deeper than that; none holds itself."""
+    level = [value]
+    for _ in range(most):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if type(outer) is dict else outer)
+            if type(inner) in (dict, list)
+        ]
+        if not level:
+            return False
+    return True
