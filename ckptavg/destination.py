@@ -10,7 +10,7 @@ from ckptavg.checkpoint.folder import PROVENANCE_NAME, read_local_json
 from ckptavg.directories import entries, files_below
 from ckptavg.errors import OutputError, UsageError
 from ckptavg.evidence_names import SEARCH_FILE, is_report
-from ckptavg.staging import PARTIAL, is_staged, remove_orphaned_locks
+from ckptavg.staging import PARTIAL, STAGED_BYTES, is_staged, remove_orphaned_locks
 from ckptavg.tensors import FileStamp
 
 _SPARE_BYTES = 64 * 2**20  # side files, directory entries
@@ -45,6 +45,7 @@ def check_destination(
         OutputError: If it exists and may not be replaced, or there is not enough room.
     """
     where = Path(os.path.realpath(output))
+    _refuse_names(output, where)
     for directory in input_directories:
         inside = Path(os.path.realpath(directory))
         if where == inside or inside in where.parents:
@@ -68,6 +69,24 @@ def check_destination(
     if needed_bytes + _SPARE_BYTES > free_bytes:
         raise OutputError(
             f"{output}: needs {needed_bytes} bytes, but only {free_bytes} are free in {parent}"
+        )
+
+
+def _refuse_names(output: Path, where: Path) -> None:
+    """Refuse a name under which nothing can be made.
+
+    Raises:
+        OutputError: If so.
+    """
+    parent = next((one for one in where.parents if os.path.lexists(one)), where)
+    if not parent.exists():
+        raise OutputError(f"{output}: {parent} is a symbolic link that leads nowhere")
+    longest = os.pathconf(parent, "PC_NAME_MAX") - STAGED_BYTES
+    nbytes = len(os.fsencode(where.name))
+    if nbytes > longest:
+        raise OutputError(
+            f"{output}: its name is too long: it has {nbytes} bytes, at most {longest} work, since "
+            "it is made under a longer one"
         )
 
 

@@ -56,7 +56,7 @@ def entries(directory: Path, prefix: str = "") -> list[Path]:
     Raises:
         OSError: If it cannot be listed; ``Path.glob`` would return nothing.
     """
-    return sorted(directory / name for name in os.listdir(directory) if name.startswith(prefix))
+    return sorted(path for path in directory.iterdir() if path.name.startswith(prefix))
 
 
 def files_below(directory: Path) -> Iterator[Path]:

@@ -86,7 +86,7 @@ def duplicates(checkpoints: Sequence[Checkpoint]) -> list[str]:
     holders: dict[tuple[int, int] | str, str] = {}
     notes, shared = [], list[tuple[str, str]]()
     for checkpoint in checkpoints:
-        identity = tuple(file.identity for file in checkpoint.files)
+        identity = tuple(file.identity for file in checkpoint.files if file.holds_weights)
         if identity in seen:
             notes.append(
                 f"{checkpoint.label} is the same checkpoint as {seen[identity]}: it counts twice"
@@ -112,7 +112,10 @@ def _same_steps(checkpoints: Sequence[Checkpoint]) -> list[str]:
         if checkpoint.step is None:
             continue
         other = first.setdefault(checkpoint.step, checkpoint)
-        files = [{file.identity for file in one.files} for one in (checkpoint, other)]
+        files = [
+            {file.identity for file in one.files if file.holds_weights}
+            for one in (checkpoint, other)
+        ]
         if other is not checkpoint and files[0] != files[1]:
             notes.append(
                 f"{checkpoint.label} and {other.label} are both of step {checkpoint.step}: is one "

@@ -145,11 +145,21 @@ def told_storage_errors() -> Iterator[None]:
 
     Raises:
         StorageError: For an OSError that nothing nearer could explain.
+        UsageError: For a path that holds a NUL byte.
     """
     try:
         yield
     except OSError as error:
         raise storage_error(error) from error
+    except ValueError as error:
+        if not is_nul(error):
+            raise
+        raise UsageError("a path holds a NUL byte") from error
+
+
+def is_nul(error: ValueError) -> bool:
+    """Tell whether a path was refused since it holds a NUL byte."""
+    return str(error) in ("embedded null byte", "embedded null character in path")
 
 
 def storage_error(error: OSError) -> StorageError:

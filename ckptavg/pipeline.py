@@ -94,6 +94,7 @@ def average_checkpoints(
     overwrite: bool = False,
     include_code: bool = True,
     cache: bool = False,
+    checksum: bool = False,
     check_trajectory: bool = False,
     distributed: bool = False,
     planned: Callable[[AveragePlan], None] | None = None,
@@ -153,6 +154,9 @@ def average_checkpoints(
         overwrite: Replace an existing output, in one step at the end.
         cache: Keep what comes from the Hub in the cache of huggingface_hub; else the bytes are
             streamed and stored nowhere.
+        checksum: Hash local files while they are averaged (SHA-256), compare zip members with
+            their CRC-32, and record the hashes, which ``verify_output`` looks at again. What comes
+            from the Hub always is.
         include_code: Copy ``*.py`` files of the model directory; they are never run.
         check_trajectory: Compare the checkpoints with each other along the way, from the same read,
             and say whether they are one trajectory; see ``trajectory``.
@@ -210,6 +214,7 @@ def average_checkpoints(
             include_code=include_code,
             batchnorm=batchnorm,
             cache=cache,
+            checksum=checksum,
             compare=check_trajectory,
         )  # fmt: skip
         plan = prepared.plan
@@ -268,6 +273,7 @@ def recompute_bn(
     overwrite: bool = False,
     include_code: bool = True,
     cache: bool = False,
+    checksum: bool = False,
     distributed: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
@@ -289,6 +295,7 @@ def recompute_bn(
         overwrite: Likewise.
         include_code: Likewise.
         cache: Likewise.
+        checksum: Likewise.
         distributed: Likewise.
         progress: Likewise.
         command: Likewise.
@@ -324,6 +331,7 @@ def recompute_bn(
         overwrite=overwrite,
         include_code=include_code,
         cache=cache,
+        checksum=checksum,
         distributed=distributed,
         progress=progress,
         command=command,

@@ -70,6 +70,7 @@ class Prepared:
     strip_prefixes: tuple[str, ...]
     keep_prefix: bool
     asked: Asked
+    checksum: bool
     notes: tuple[str, ...]
 
 
@@ -107,6 +108,7 @@ def prepared_average(
     include_code: bool = True,
     batchnorm: BnPass | None = None,
     cache: bool = False,
+    checksum: bool = False,
     compare: bool = False,
     processes: Processes | None = None,
 ) -> Iterator[Prepared]:
@@ -184,7 +186,9 @@ def prepared_average(
         side_files, inherited_cards, side_notes = [], [], dict[str, None]()
         for one in plan.outputs:
             folder = checkpoints[one.row.used[-1]].folder
-            files, found_notes = find_side_files(folder, include_code=include_code)
+            files, found_notes = find_side_files(
+                checkpoints[one.row.used[-1]], include_code=include_code
+            )
             side_files.append(files)
             inherited_cards.append(inherited_front_matter(folder))
             side_notes.update(dict.fromkeys(found_notes))
@@ -221,6 +225,7 @@ def prepared_average(
                 include_code=include_code,
                 batchnorm=batchnorm,
             ),
+            checksum=checksum,
             hub=hub,
             derived_from=derived_from,
             inherited_cards=inherited_cards,

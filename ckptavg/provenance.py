@@ -1,8 +1,10 @@
 """What made a model: the content of ``ckptavg.json`` and of the weight files' headers."""
 
+import hashlib
 import json
 import math
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -21,6 +23,10 @@ from ckptavg.plan import AveragePlan, OutputPlan
 from ckptavg.tensors import HubRevision
 
 FORMAT_VERSION = 1
+_OWN_HASH = "sha256_of_this_file"  # with zeros in its place
+_NO_HASH = "0" * 64
+_OWN_HASH_LINE = re.compile(rf'"{_OWN_HASH}": "([0-9a-f]{{64}})"\n\}}\n\Z'.encode())
+_MAX_GENERATIONS = 16  # of averages of averages
 
 
 def weight_file_metadata(plan: AveragePlan, output: OutputPlan, version: str) -> dict[str, str]:
@@ -56,6 +62,7 @@ def provenance(
     side_files: Sequence[str],
     evidence: Sequence[str],
     hashes: Mapping[str, FileHash],
+    digests: Mapping[str, str],
     reproduce: Mapping[str, Any],
     derived_from: Sequence[Mapping[str, Any] | None],
     batchnorm: Mapping[str, Any] | None,
@@ -95,7 +102,7 @@ def provenance(
                         "path": file.path,
                         "nbytes": file.size,
                         "mtime_ns": file.mtime_ns,
-                        "digest": file.digest or None,
+                        "digest": digests.get(file.path) or file.digest or None,
                     }
                     for file in plan.files[index]
                 ],
@@ -122,8 +129,27 @@ def provenance(
         },
         "device": device,
         "inherited_card": inherited_card,
+        _OWN_HASH: _NO_HASH,
     }
-    return (json_text(content) + "\n").encode("utf-8")
+    return sealed((json_text(content) + "\n").encode("utf-8"))
+
+
+def sealed(text: bytes) -> bytes:
+    """Return a provenance with its own hash in the place for it."""
+    return _with_hash(text, hashlib.sha256(_with_hash(text, _NO_HASH)).hexdigest())
+
+
+def has_own_hash(text: bytes) -> bool | None:
+    """Tell whether a provenance has the hash that stands at its end; None if none does."""
+    match = _OWN_HASH_LINE.search(text)
+    if match is None:
+        return None
+    found = hashlib.sha256(_with_hash(text, _NO_HASH)).hexdigest()
+    return found.encode() == match[1]
+
+
+def _with_hash(text: bytes, digits: str) -> bytes:
+    return _OWN_HASH_LINE.sub(f'"{_OWN_HASH}": "{digits}"\n}}\n'.encode(), text)
 
 
 def earlier_provenance(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -132,7 +158,22 @@ def earlier_provenance(checkpoint: Checkpoint) -> dict[str, Any] | None:
     Raises:
         CheckpointError: If its provenance is damaged.
     """
-    return None if checkpoint.folder is None else read_json(checkpoint.folder, PROVENANCE_NAME)
+    if checkpoint.folder is None:
+        return None
+    told = read_json(checkpoint.folder, PROVENANCE_NAME)
+    _forget_before(told, _MAX_GENERATIONS)
+    return told
+
+
+def _forget_before(told: Any, generations: int) -> None:
+    """Leave out how averages of averages were made, from so many generations back on."""
+    checkpoints = told.get("checkpoints") if isinstance(told, dict) else None
+    for one in checkpoints if isinstance(checkpoints, list) else ():
+        if isinstance(one, dict) and "made_by_ckptavg" in one:
+            if generations:
+                _forget_before(one["made_by_ckptavg"], generations - 1)
+            else:
+                one["made_by_ckptavg"] = None
 
 
 @dataclass(frozen=True)

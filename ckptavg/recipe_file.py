@@ -40,7 +40,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
         "loader", "weight-decay", "through", "mark", "points", "margin", "directions", "rays",
         "distance", "relative", "ray-seed", "t", "members", "order", "no-plot",
     ),
-    "machine": ("device", "memory", "io-threads", "cache"),
+    "machine": ("device", "memory", "io-threads", "cache", "checksum"),
     "output": ("output", "overwrite", "output-format", "max-shard-size", "no-code"),
     "push": ("push", "private", "card"),
 }  # fmt: skip

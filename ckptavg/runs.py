@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from ckptavg.checkpoint import Checkpoint, holds_weights
+from ckptavg.checkpoint.directory import indexed_files
 from ckptavg.checkpoint.folder import (
     PROVENANCE_NAME,
     SHARD_NAME,
@@ -72,12 +73,15 @@ def find_run(folder: Folder) -> Run | None:
 def _find(folder: Folder, prefix: str, depth: int) -> Run | None:
     has_weights = holds_weights(folder)
     names, others, unfinished = [], [], []
+    listed = indexed_files(folder) if has_weights else frozenset[str]()
     steps: list[str] = []  # beside weights, where they may be pictures
     for name in folder.names():
         is_folder = folder.is_folder(name)
         is_step = _tells_step(name)
         is_weights = not is_folder and name.endswith(WEIGHT_SUFFIXES)
         if name.startswith(".") or is_training_state(name) or _is_output(folder, name):
+            continue
+        if name in listed:
             continue
         if _UNFINISHED.fullmatch(name):
             unfinished += [name] if is_folder or is_weights or is_step else []
@@ -290,7 +294,8 @@ def _is_same(one: Candidate, other: Candidate) -> bool:
     """Tell whether two are links to the same files, or of the same step (or epoch)."""
     if one.checkpoint is not None and other.checkpoint is not None:
         files = [
-            [file.identity for file in each.files] for each in (one.checkpoint, other.checkpoint)
+            [file.identity for file in each.files if file.holds_weights]
+            for each in (one.checkpoint, other.checkpoint)
         ]
         if files[0] == files[1]:
             return True

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from ckptavg.checkpoint import Checkpoint
 from ckptavg.checkpoint.files import PositionalFile
 from ckptavg.checkpoint.folder import (
     MAX_SIDE_FILE_BYTES,
@@ -15,8 +16,8 @@ from ckptavg.checkpoint.folder import (
     Folder,
     is_side_file,
 )
+from ckptavg.checkpoint.strict_json import parse_object
 from ckptavg.directories import entries
-from ckptavg.errors import CheckpointError
 from ckptavg.evidence_names import SEARCH_FILE, is_report
 from ckptavg.hub import CARD_NAME
 from ckptavg.tensors import DType
@@ -61,18 +62,23 @@ def copy_side_files(
 
 
 def find_side_files(
-    folder: Folder | None, *, include_code: bool
+    checkpoint: Checkpoint, *, include_code: bool
 ) -> tuple[list[SideFile], list[str]]:
-    """Choose what to copy from a model directory; a single file (None) brings nothing.
+    """Choose what to copy from a model directory; a single file brings nothing.
 
     Returns:
         The files, sorted by name, and notes on code that is among them or was left out.
     """
+    folder = checkpoint.folder
     if folder is None:
         return [], []
+    # whatever they are called
+    weights = {PurePath(one.path).name for one in checkpoint.files if one.holds_weights}
     root = folder.local_directory()
     names = [  # what was found of another model is nothing of this one
-        name for name in folder.names() if is_side_file(name) and not SEARCH_FILE.fullmatch(name)
+        name
+        for name in folder.names()
+        if is_side_file(name) and not SEARCH_FILE.fullmatch(name) and name not in weights
     ]
     if (root / TEMPLATE_DIRECTORY).is_dir():
         found = (one.name for one in entries(root / TEMPLATE_DIRECTORY))
@@ -114,10 +120,7 @@ def read_side_file(file: SideFile, *, output_dtype: DType | None) -> bytes:
         opened.close()
     if file.name != "config.json" or output_dtype is None:
         return content
-    try:
-        config = json.loads(content)
-    except ValueError as error:
-        raise CheckpointError(f"{file.path}: is not valid JSON") from error
+    config = parse_object(content, str(file.path), is_strict=False)
     return (json.dumps(_with_dtype(config, output_dtype.name), indent=2) + "\n").encode("utf-8")
 
 

@@ -25,7 +25,7 @@ class SingleCheckpoint(str):
 
 
 _NUMBER_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
-_MAX_EXPANSION = 100_000
+_MAX_EXPANSION = 10_000
 
 
 class HubAccess:

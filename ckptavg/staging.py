@@ -35,6 +35,7 @@ PARTIAL = "partial"
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _N_DIGITS = 16
 _LOCK = ".lock"
+STAGED_BYTES = len(f".{PARTIAL}-{_LOCK}") + _N_DIGITS  # how much longer names become
 _STAGED = re.compile(rf".+\.[a-z]+-[0-9a-f]{{{_N_DIGITS}}}({re.escape(_LOCK)})?")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 from ckptavg._version import __version__
 from ckptavg.average import Job, Timings, average
 from ckptavg.checkpoint import ADAPTER_CONFIG_NAME
+from ckptavg.checkpoint.digests import FileDigest
 from ckptavg.checkpoint.folder import PROVENANCE_NAME
 from ckptavg.derive import derive
 from ckptavg.derived import AdapterReport, Deviation, adapter_report, report_note
 from ckptavg.errors import ProcessError
 from ckptavg.eval_command import EvalCommand
 from ckptavg.geometry import GramTable
+from ckptavg.input_hashes import InputHashes
 from ckptavg.memory import peak_device_bytes, peak_host_bytes
 from ckptavg.output import OutputDirectory
 from ckptavg.plan import gram_table
@@ -46,6 +48,7 @@ class Averaged:
     adapters: list[AdapterReport | None]  # likewise
     timings: Timings
     gram: GramTable | None = None  # inner products, where the plan compares checkpoints
+    digests: Mapping[str, str] = field(default_factory=dict)  # of local inputs, by path
 
     @property
     def notes(self) -> list[str]:
@@ -104,11 +107,22 @@ def average_together(
     report = stage_of(progress, "average", plan.read_nbytes_of(blocks) + derived_nbytes)
     gram = gram_table(plan)
 
+    hashes = InputHashes(_digests(processes, prepared), prepared.workspace.n_threads)
+    total = max(plan.read_nbytes_of(blocks), 1)
+    n_done = 0
+
     def advance(done: int) -> None:
+        nonlocal n_done
+        n_done += done
+        hashes.follow(n_done / total)
         report(done)
         processes.look_out()
 
     def work() -> list[Any]:
+        with hashes:
+            return averaged_and_checked()
+
+    def averaged_and_checked() -> list[Any]:
         timings = average(
             Job(
                 plan=plan,
@@ -126,6 +140,7 @@ def average_together(
             started = time.perf_counter()
             deviations = derive(plan, prepared.checkpoints, directory.models, advance)
             timings.arithmetic_seconds += time.perf_counter() - started
+        digests = hashes.finish()
         for checkpoint in prepared.checkpoints:
             checkpoint.check_unchanged()
         for index in plan.used_checkpoints:  # in every process: what it read is what it verifies
@@ -134,12 +149,14 @@ def average_together(
             directory.sync()
         found = sorted(set().union(*directory.finished.values()))
         seconds = [timings.read_seconds, timings.arithmetic_seconds, timings.write_seconds]
-        return [found, seconds, deviations, None if gram is None else gram.to_words()]
+        return [found, seconds, deviations, None if gram is None else gram.to_words(), digests]
 
     timings, found = Timings(), set[tuple[int, str]]()
     done = processes.together(work)
     together = gram_table(plan)
-    for differing, seconds, _, products in done:
+    digests: dict[str, str] = {}
+    for differing, seconds, _, products, hashed in done:
+        digests |= hashed
         if together is not None:
             together.add_words(products)
         timings.add(Timings(*seconds), share=1 / processes.size)
@@ -156,7 +173,19 @@ def average_together(
         ],
         timings=timings,
         gram=together,
+        digests=digests,
     )
+
+
+def _digests(processes: Processes, prepared: Prepared) -> list[FileDigest]:
+    """Return what hashes this process's share of the files that are averaged."""
+    found = [
+        one
+        for index in prepared.plan.used_checkpoints
+        for one in prepared.checkpoints[index].digests(all_files=prepared.checksum)
+    ]
+    by_path = {one.file.path: one for one in found}  # a file may hold several checkpoints
+    return [*by_path.values()][processes.rank :: processes.size]
 
 
 def recompute_statistics(
@@ -279,6 +308,7 @@ def finish(
                 side_files=[*(file.name for file in files), *evidence],
                 evidence=list(evidence),
                 hashes=hashes[index],
+                digests=averaged.digests,
                 reproduce=recorded_recipe(plan, one, prepared.asked, directory.output / one.name),
                 derived_from=prepared.derived_from,
                 batchnorm=None if bn_report is None else asdict(bn_report),

@@ -125,6 +125,11 @@ class FileStamp(NamedTuple):
         """What two names of one content have in common."""
         return self.digest or (self.device, self.inode)
 
+    @property
+    def holds_weights(self) -> bool:
+        """Whether it is more than a description of other files."""
+        return not self.path.endswith(".json")
+
 
 class HubRevision(NamedTuple):
     """A model on the Hub, at one commit.

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ckptavg._version import __version__
 from ckptavg.average.work import usable_cpus
+from ckptavg.checkpoint.digests import SHA256
 from ckptavg.checkpoint.files import PositionalFile
 from ckptavg.checkpoint.folder import PROVENANCE_NAME, read_local_json
 from ckptavg.checkpoint.formats import open_file
@@ -25,6 +26,7 @@ from ckptavg.evidence_names import is_report
 from ckptavg.hashing import hash_file
 from ckptavg.hub import parse_reference
 from ckptavg.hub.threads import in_parallel
+from ckptavg.provenance import has_own_hash
 from ckptavg.recipe_file import RecipeTable
 from ckptavg.rerun import ReproducedFile, named_code, run_again
 from ckptavg.sources import HubAccess
@@ -97,9 +99,11 @@ def verify_output(
     """Compare a model directory with what its ``ckptavg.json`` says of it.
 
     Every listed file must have its size and SHA-256, the weights' headers must tell the same
-    scheme, and the checkpoints that went in must be as they were: size and modification time of
-    local files, the hashes of a commit on the Hub. Sources that are gone are told, but the output
-    is whole without them. Nothing is changed, and no code is run unless it is trusted.
+    scheme, ``ckptavg.json`` must have the hash that it tells of itself, and the checkpoints that
+    went in must be as they were: the SHA-256 of local files where it was recorded
+    (``--checksum``), else their size and modification time; the hashes of a commit on the Hub.
+    Sources that are gone are told, but the output is whole without them. Nothing is changed, and
+    no code is run unless it is trusted.
 
     Args:
         output: A model directory that ckptavg wrote.
@@ -180,6 +184,7 @@ def _verified(
     problems = [f"{one.name} {one.reason}" for one in files if one.state != "as written"]
     whole = {one.name for one in files if one.state == "as written"}
     problems += _contradictions(output, told, whole)
+    problems += _self_contradictions(output, told)
     notes = [
         f"the source {one.source} {one.reason}"
         for one in sources
@@ -303,6 +308,16 @@ def _contradictions(output: Path, told: Mapping[str, Any], whole: Collection[str
     return problems[:1]
 
 
+def _self_contradictions(output: Path, told: Mapping[str, Any]) -> list[str]:
+    """Say whether any byte of the provenance differs from what was written."""
+    is_right = has_own_hash((output / PROVENANCE_NAME).read_bytes())
+    if is_right is None and told["ckptavg_version"] != __version__:  # which may not have told one
+        return []
+    if is_right is None:
+        return [f"{PROVENANCE_NAME} was changed: it tells no hash of itself"]
+    return [] if is_right else [f"{PROVENANCE_NAME} was changed: its own hash differs"]
+
+
 def _other_versions(told: Mapping[str, Any]) -> list[str]:
     if told["ckptavg_version"] == __version__:
         return []
@@ -316,24 +331,27 @@ def _verified_sources(
     checkpoints: Sequence[Mapping[str, Any]], base: Path
 ) -> tuple[VerifiedSource, ...]:
     hub = HubAccess()
+
+    def verified(one: Mapping[str, Any]) -> VerifiedSource:
+        if one["hub"]:
+            return _verified_on_hub(one, HubRevision(**one["hub"]), hub)
+        return _verified_locally(one, base)
+
     try:
-        return tuple(
-            _verified_on_hub(one, HubRevision(**one["hub"]), hub)
-            if one["hub"]
-            else _verified_locally(one, base)
-            for one in checkpoints
-        )
+        return tuple(in_parallel(verified, checkpoints, usable_cpus()))
     finally:
         hub.cancel()
 
 
 def _verified_locally(told: Mapping[str, Any], base: Path) -> VerifiedSource:
+    """Compare sizes and times, and the content where a hash of it was recorded."""
     source = str(told["source"])
     state: SourceState = "unchanged"
     reason = None
     for file in told["files"]:
+        path = base / file["path"]
         try:
-            found = (base / file["path"]).stat()
+            found = path.stat()
         except OSError as error:
             gone = isinstance(error, FileNotFoundError)
             why = "is not there any more" if gone else f"cannot be seen: {error.strerror}"
@@ -341,6 +359,17 @@ def _verified_locally(told: Mapping[str, Any], base: Path) -> VerifiedSource:
         if found.st_size != file["nbytes"]:
             state = "changed"
             reason = f"has changed: {found.st_size} bytes, {file['nbytes']} when it was read"
+        elif str(file["digest"] or "").startswith(f"{SHA256}:"):
+            try:
+                is_same = f"{SHA256}:{hash_file(path).sha256}" == file["digest"]
+            except OSError as error:
+                why = f"cannot be read: {(error.strerror or str(error)).lower()}"
+                return VerifiedSource(source=source, state="missing", reason=why)
+            if not is_same:
+                state, reason = (
+                    "changed",
+                    f"has other content in the {found.st_size} bytes of {path.name}",
+                )
         elif found.st_mtime_ns != file["mtime_ns"] and reason is None:
             state, reason = "changed", _REWRITTEN
     return VerifiedSource(source=source, state=state, reason=reason)

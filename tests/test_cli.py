@@ -530,9 +530,7 @@ def test_signals_end_the_run_with_nothing_published(
     _, err = process.communicate(timeout=60)
     (kept,) = (path.name for path in here.glob("swa*"))  # the average, to continue with
     continued = f"; 100 % of the average is kept in {kept}; the same command continues it\n"
-    coefficients, told = err.split("\n", 1)
-    assert coefficients.startswith("coefficients: uniform: 0.333333 each of 3 checkpoints")
-    assert (process.returncode, told) == (code, message.rstrip() + continued)
+    assert (process.returncode, err) == (code, message.rstrip() + continued)
     assert kept.startswith("swa.partial-")
 
 

@@ -173,7 +173,10 @@ def test_an_adapter_is_opened_as_one(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.layout == "PEFT adapter directory"
     assert checkpoint.notes == ["adapter_model.bin was passed over for adapter_model.safetensors"]
-    assert [Path(file.path).name for file in checkpoint.files] == ["adapter_model.safetensors"]
+    assert [Path(file.path).name for file in checkpoint.files] == [
+        "adapter_model.safetensors",
+        "adapter_config.json",
+    ]
 
 
 def test_an_adapter_without_weights_is_refused(tmp_path: Path) -> None:
@@ -286,7 +289,7 @@ def test_metadata_and_notes_of_all_shards_are_kept(tmp_path: Path) -> None:
 def test_tensors_come_shard_by_shard(sharded: Path) -> None:
     checkpoint = open_checkpoint(sharded)
     assert list(checkpoint.tensors) == ["a", "c", "b", "d"]
-    assert [Path(file.path).name for file in checkpoint.files] == [FIRST, SECOND]
+    assert [Path(file.path).name for file in checkpoint.files] == [FIRST, SECOND, INDEX]
     assert checkpoint.metadata == {"format": "pt"}
 
 
@@ -302,21 +305,41 @@ def test_a_tensor_the_shard_lacks_is_refused(sharded: Path) -> None:
     refused(sharded, what)
 
 
-@pytest.mark.parametrize(
-    ("shard", "content", "extra", "where"),
-    [
-        (FIRST, "abc", "b", "another shard"),
-        (SECOND, "abd", "a", "another shard"),
-        (FIRST, "acx", "x", "no shard"),
-        (SECOND, "bdx", "x", "no shard"),
-    ],
-)
-def test_a_tensor_the_index_does_not_list_there_is_refused(
-    sharded: Path, shard: str, content: str, extra: str, where: str
+@pytest.mark.parametrize(("shard", "content"), [(FIRST, "acx"), (SECOND, "bdx")])
+def test_a_tensor_the_index_does_not_list_is_refused(
+    sharded: Path, shard: str, content: str
 ) -> None:
     save_file({name: torch.ones(1) for name in content}, sharded / shard)
-    what = f"/{INDEX}: {shard} holds tensor '{extra}', which the index lists in {where}"
-    refused(sharded, what)
+    refused(sharded, f"/{INDEX}: {shard} holds tensor 'x', which the index lists in no shard")
+
+
+@pytest.mark.parametrize(("shard", "other", "extra"), [(FIRST, SECOND, "b"), (SECOND, FIRST, "a")])
+@pytest.mark.parametrize("change", ["value", "shape", "dtype", "nothing"])
+def test_a_tensor_in_two_shards_must_be_the_same_in_both(
+    sharded: Path, shard: str, other: str, extra: str, change: str
+) -> None:
+    """The index decides where it is read; a copy that differs is of another model."""
+    again = TENSORS[extra].clone()
+    if change == "value":
+        again.view(-1)[-1] += 1
+    names = "ac" if shard == FIRST else "bd"
+    copies = {"shape": again.reshape(1, -1), "dtype": again.double()}
+    save_file(
+        {extra: copies.get(change, again), **{name: TENSORS[name] for name in names}},
+        sharded / shard,
+    )
+    if change != "nothing":
+        refused(
+            sharded,
+            f"/{INDEX}: {shard} holds tensor '{extra}', which the index lists in another shard, "
+            f"{other}, and the two differ",
+        )
+        return
+    checkpoint = open_checkpoint(sharded)
+    assert checkpoint.notes == [
+        f"{shard} also holds '{extra}', with the bytes of the shard where the index lists it"
+    ]
+    assert read_tensor(checkpoint, extra) == TENSORS[extra].numpy().tobytes()
 
 
 SHARD_FAULTS: dict[str, tuple[bytes, str]] = {
@@ -424,7 +447,8 @@ def test_a_shard_name_that_is_no_string_is_refused(sharded: Path, shard_name: An
 def test_shard_names_no_file_system_takes_are_missing(sharded: Path) -> None:
     for shard_name in ("x" * 300, "\ud800"):
         write_index(sharded, {"a": FIRST, "c": FIRST, "b": shard_name, "d": shard_name})
-        with pytest.raises(CheckpointError, match=r"the shard .* is missing|cannot be opened|is not valid JSON"):
+        reasons = r"the shard .* is missing|cannot be opened|is not valid JSON"
+        with pytest.raises(CheckpointError, match=reasons):
             open_checkpoint(sharded)
 
 

@@ -29,6 +29,7 @@ from ckptavg import (
     verify_output,
 )
 from ckptavg._version import __version__
+from ckptavg.provenance import sealed
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def edit_provenance(output: Path, change: Callable[[dict[str, Any]], None]) -> N
     path = output / "ckptavg.json"
     told = json.loads(path.read_text())
     change(told)
-    path.write_text(json.dumps(told))
+    path.write_bytes(sealed(f"{json.dumps(told, indent=2)}\n".encode()))
 
 
 # ---- files

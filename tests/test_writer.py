@@ -20,9 +20,9 @@ from ckptavg import (
     average_checkpoints,
     directories,
     open_checkpoint,
+    staging,
 )
 from ckptavg import output as output_module
-from ckptavg import staging
 
 
 @pytest.fixture

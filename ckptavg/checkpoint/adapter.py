@@ -33,6 +33,9 @@ def open_adapter(folder: Folder, *, state_key: str | None) -> StoredCheckpoint:
     checkpoint = open_file(folder.open(there[0], f"{label}/{there[0]}"), state_key=state_key)
     checkpoint.label = label
     checkpoint.layout = ADAPTER_LAYOUT
+    if folder.hub is None:  # where it is verified when it is read
+        config = folder.open(ADAPTER_CONFIG_NAME, f"{label}/{ADAPTER_CONFIG_NAME}")
+        checkpoint.is_described_by(config)
     if len(there) > 1:
         checkpoint.notes = [*checkpoint.notes, f"{there[1]} was passed over for {there[0]}"]
     return checkpoint

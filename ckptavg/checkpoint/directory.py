@@ -4,7 +4,8 @@ A ``model.pt`` counts where there is nothing else.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from ckptavg.checkpoint.adapter import ADAPTER_CONFIG_NAME, ADAPTER_LAYOUT, open_adapter
 from ckptavg.checkpoint.dcp import open_dcp
@@ -32,13 +33,14 @@ from ckptavg.checkpoint.trainer_layouts import (
 )
 from ckptavg.checkpoint.trainer_state import add_trainer_state
 from ckptavg.errors import CheckpointError, IncompleteCheckpointError
-from ckptavg.tensors import TensorInfo
+from ckptavg.tensors import Piece, TensorInfo
 
 _INDEXED = (
     ("model.safetensors.index.json", "model.safetensors", "sharded safetensors directory"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin", "sharded torch directory"),
 )
 _TORCH_NAME = "model.pt"
+_COMPARED_BYTES = 2**20
 # accelerate's, of a second and a third model
 _NEXT_MODEL = re.compile(r"(model|pytorch_model|pytorch_model_fsdp)_\d+\.(safetensors|bin)")
 _SHARD = re.compile(r"(model|pytorch_model)-(\d+)-of-(\d+)\.(safetensors|bin)")
@@ -197,6 +199,7 @@ def _open_sharded(
     files: list[ReadableFile] = []
     metadata: dict[str, str] = {}
     notes: list[str] = []
+    shards: dict[str, StoredCheckpoint] = {}
     try:
         for shard_name, listed in names_by_shard.items():
             if not folder.has(shard_name):
@@ -208,15 +211,20 @@ def _open_sharded(
             files.append(file)
             shard = open_file(file, state_key=state_key)
             _check_shard(shard, listed, shard_name, index_label, all_names)
-            tensors.update(shard.tensors)
-            places.update(shard.places)
+            shards[shard_name] = shard
+            tensors |= {name: info for name, info in shard.tensors.items() if name in listed}
+            places |= {name: place for name, place in shard.places.items() if name in listed}
             aliases |= {
                 tied: owner
                 for tied, owner in shard.aliases.items()
-                if tied in shard.tensors or tied not in all_names  # another shard may store it
+                if owner in listed
+                and (tied in listed or tied not in all_names)  # another shard may store it
             }
             metadata.update(shard.metadata)
             notes.extend(shard.notes)
+        notes += _stored_twice(shards, names_by_shard, index_label)
+        if folder.hub is None:  # where it was verified when it was read
+            files.append(folder.open(index_name, index_label))
     except BaseException:
         for file in files:
             file.close()
@@ -245,18 +253,64 @@ def _check_shard(
         raise CheckpointError(
             f"{index_label}: lists tensor '{missing[0]}' in {shard_name}, which does not hold it"
         )
-    extra = sorted(shard.tensors.keys() - listed)
+    extra = sorted(shard.tensors.keys() - all_names)
     if extra:
-        where = "another shard" if extra[0] in all_names else "no shard"
         raise CheckpointError(
-            f"{index_label}: {shard_name} holds tensor '{extra[0]}', "
-            f"which the index lists in {where}"
+            f"{index_label}: {shard_name} holds tensor '{extra[0]}', which the index lists in no "
+            "shard"
         )
+
+
+def _stored_twice(
+    shards: Mapping[str, StoredCheckpoint],
+    names_by_shard: Mapping[str, set[str]],
+    index_label: str,
+) -> list[str]:
+    """Compare tensors that shards hold beside the one where the index lists them.
+
+    Returns:
+        A note on each shard that holds some: the index decides.
+
+    Raises:
+        CheckpointError: If the copies differ: one of them is stale.
+    """
+    home = {name: shard for shard, names in names_by_shard.items() for name in names}
+    notes = []
+    for shard_name, shard in shards.items():
+        again = sorted(shard.tensors.keys() - names_by_shard[shard_name])
+        for name in again:
+            if not _is_same(name, shard, shards[home[name]]):
+                raise CheckpointError(
+                    f"{index_label}: {shard_name} holds tensor '{name}', which the index lists in "
+                    f"another shard, {home[name]}, and the two differ"
+                )
+        if again:
+            notes.append(
+                f"{shard_name} also holds '{again[0]}'"
+                f"{f' and {len(again) - 1} more tensors' if len(again) > 1 else ''}, "
+                "with the bytes of the shard where the index lists it"
+            )
+    return notes
+
+
+def _is_same(name: str, one: StoredCheckpoint, other: StoredCheckpoint) -> bool:
+    """Tell whether two files hold the same tensor, bit for bit."""
+    if one.tensors[name] != other.tensors[name]:
+        return False
+    nbytes = one.tensors[name].nbytes
+    pair = [memoryview(bytearray(min(_COMPARED_BYTES, nbytes))) for _ in (one, other)]
+    for start in range(0, nbytes, _COMPARED_BYTES):
+        piece = Piece(name, start, min(start + _COMPARED_BYTES, nbytes))
+        for checkpoint, buffer in zip((one, other), pair, strict=True):
+            checkpoint.read_into([piece], buffer[: piece.stop - start])
+        if pair[0][: piece.stop - start] != pair[1][: piece.stop - start]:
+            return False
+    return True
 
 
 def _read_index(folder: Folder, name: str, label: str) -> dict[str, set[str]]:
     """Return shard file name -> the names of its tensors, shards in sorted order."""
-    index = read_json(folder, name)
+    index = read_json(folder, name, is_strict=True)
     weight_map = index.get("weight_map") if index else None
     if type(weight_map) is not dict or not weight_map:
         raise CheckpointError(f"{label}: has no weight_map")
@@ -270,6 +324,18 @@ def _read_index(folder: Folder, name: str, label: str) -> dict[str, set[str]]:
     if len(names_by_shard) > MAX_SHARDS:
         raise CheckpointError(f"{label}: lists more than {MAX_SHARDS} shards")
     return {shard: names_by_shard[shard] for shard in sorted(names_by_shard)}
+
+
+def indexed_files(folder: Folder) -> frozenset[str]:
+    """Return the names of the files that a folder's own index calls its shards.
+
+    None if it has no index, or one that cannot be read: opening it says so.
+    """
+    found: set[str] = set()
+    for name, _, _ in _INDEXED:
+        with suppress(CheckpointError):
+            found.update(_read_index(folder, name, name) if folder.has(name) else ())
+    return frozenset(found)
 
 
 def _tied_by_config(folder: Folder, checkpoint: StoredCheckpoint) -> dict[str, str]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from ckptavg.checkpoint.digests import FileDigest
 from ckptavg.directories import close_quietly, open_descriptor
 from ckptavg.errors import CheckpointError
 from ckptavg.tensors import FileStamp
@@ -54,18 +55,22 @@ class ReadableFile(Protocol):
 class PositionalFile:
     """One regular file, opened for positional reading from any number of threads."""
 
-    def __init__(self, path: str | Path, label: str) -> None:
+    def __init__(self, path: str | Path, label: str, expected_digest: str = "") -> None:
         """Open a file without reading it.
 
         Args:
             path: A regular file, or a symbolic link that ends at one.
             label: What messages call it.
+            expected_digest: Of its content, as ``sha256:...`` or ``git-sha1:...``; empty if
+                nothing tells.
 
         Raises:
             CheckpointError: If it cannot be opened or is not a regular file.
         """
         self.path = os.fspath(path)
         self.label = label
+        self.expected_digest = expected_digest
+        self._digest = ""
         self._descriptor = -1
         try:
             # O_NONBLOCK: a FIFO must fail the check for a regular file, not wait for a writer
@@ -128,8 +133,24 @@ class PositionalFile:
         if now != self.stamp:
             raise CheckpointError(f"{self.label}: changed while being read; nothing was published")
 
+    def note_digest(self, digest: str) -> None:
+        """Hear what the whole file was found to be, by who read all of it."""
+        self._digest = digest
+
     def verify(self) -> None:
-        """Nothing: a local file has no other source that would know better."""
+        """Compare the content with the digest that was expected, if any was.
+
+        Raises:
+            CheckpointError: If they differ, or the file cannot be read.
+        """
+        if not self.expected_digest:
+            return
+        self._digest = self._digest or FileDigest(self).finish()
+        if self._digest != self.expected_digest:
+            raise CheckpointError(
+                f"{self.label}: has {self._digest}, expected {self.expected_digest}: its copy in "
+                f"the cache is damaged; remove it ({self.path})"
+            )
 
     def close(self) -> None:
         """Close the file; closing twice is allowed."""

@@ -165,8 +165,13 @@ def is_plain_file_name(name: str) -> bool:
     )
 
 
-def read_json(folder: Folder, name: str) -> dict[str, Any] | None:
+def read_json(folder: Folder, name: str, *, is_strict: bool = False) -> dict[str, Any] | None:
     """Return the JSON object in a file of a folder, or None if there is no such file.
+
+    Args:
+        folder: Where it lies.
+        name: Of the file.
+        is_strict: See ``parse_object``.
 
     Raises:
         CheckpointError: If it is not a JSON object, or unreasonably large.
@@ -182,7 +187,7 @@ def read_json(folder: Folder, name: str) -> dict[str, Any] | None:
         file.verify()
     finally:
         file.close()
-    return parse_object(raw, label)
+    return parse_object(raw, label, is_strict=is_strict)
 
 
 def read_local_json(path: Path) -> dict[str, Any] | None:

@@ -161,5 +161,5 @@ def open_hub_file(
     """Open one file: its copy in the cache, or else the one on the Hub."""
     cached = connection.cached_file(found, path, entry, label)
     if cached is not None:
-        return PositionalFile(cached, label)
+        return PositionalFile(cached, label, connection.digest_of(cached, entry))
     return connection.open_file(found, path, entry, label)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from ckptavg.checkpoint.digests import FileDigest
 from ckptavg.checkpoint.folder import Folder
 from ckptavg.checkpoint.scheduler_state import SchedulerState
 from ckptavg.tensors import FileStamp, HubRevision, Piece, TensorInfo
@@ -87,8 +88,12 @@ class Checkpoint(Protocol):
         """Read what is left of the files, and compare their content with the Hub's hashes.
 
         Raises:
-            CheckpointError: If a hash differs: the transfer went wrong. Local files have none.
+            CheckpointError: If a hash differs: the transfer went wrong, or a cached copy is
+                damaged. Other local files have none.
         """
+
+    def digests(self, *, all_files: bool) -> Sequence[FileDigest]:
+        """Return what hashes its local files: all, or those whose source tells a hash."""
 
     def cancel(self) -> None:
         """Make reads that wait for a network fail soon; from any thread."""

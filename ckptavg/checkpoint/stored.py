@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ckptavg.checkpoint.files import ReadableFile
+from ckptavg.checkpoint.digests import FileDigest
+from ckptavg.checkpoint.files import PositionalFile, ReadableFile
 from ckptavg.checkpoint.folder import Folder
 from ckptavg.checkpoint.limits import MAX_NAME_CHARACTERS
 from ckptavg.checkpoint.protocol import READ_SCRATCH_BYTES
@@ -18,6 +19,7 @@ from ckptavg.tensors import FileStamp, HubRevision, Piece, TensorInfo
 if TYPE_CHECKING:  # importing huggingface_hub takes longer than averaging many models
     from ckptavg.hub.connection import HubConnection
 
+_SHOWN_CHARACTERS = 60
 _MAX_GAP_BYTES = 4096  # torch archives pad between tensors; reading the gap is cheaper than a call
 
 
@@ -51,12 +53,17 @@ class StoredCheckpoint:
 
     def __post_init__(self) -> None:
         self.files = [file.stamp for file in self.open_files]
-        longest = max(map(len, self.tensors), default=0)
-        if longest > MAX_NAME_CHARACTERS:
+        longest = max(self.tensors, key=len, default="")
+        if len(longest) > MAX_NAME_CHARACTERS:
             raise CheckpointError(
-                f"{self.label}: a tensor's name has {longest} characters, at most "
-                f"{MAX_NAME_CHARACTERS} are allowed"
+                f"{self.label}: the name of tensor '{longest[:_SHOWN_CHARACTERS]}...' has "
+                f"{len(longest)} characters, at most {MAX_NAME_CHARACTERS} are allowed"
             )
+
+    def is_described_by(self, file: ReadableFile) -> None:
+        """Take care of a file that says how to read the others: an index, an adapter's config."""
+        self.open_files = [*self.open_files, file]
+        self.files = [*self.files, file.stamp]
 
     @property
     def hub(self) -> HubRevision | None:
@@ -133,6 +140,14 @@ class StoredCheckpoint:
         """Compare the files with the hashes that their source tells; see the protocol."""
         for file in self.open_files:
             file.verify()
+
+    def digests(self, *, all_files: bool) -> Sequence[FileDigest]:
+        """Return what hashes its local files; see the protocol."""
+        return [
+            FileDigest(file)
+            for file in self.open_files
+            if isinstance(file, PositionalFile) and (all_files or file.expected_digest)
+        ]
 
     def cancel(self) -> None:
         """Make reads from the Hub fail soon; see the protocol."""

@@ -21,6 +21,7 @@ def parse_object(
     label: str,
     *,
     what: str = "",
+    is_strict: bool = True,
     made_of: Callable[[Pairs], Any] | None = None,
 ) -> dict[str, Any]:
     """Return the JSON object that a text is.
@@ -30,6 +31,8 @@ def parse_object(
         label: The file it comes from, which messages begin with.
         what: Which part of it, such as ``its header``, where it is not the whole; it cannot be
             cut short then.
+        is_strict: Whether to refuse names given twice, NaN and halves of characters, which Python
+            itself writes: what says where tensors lie must have one meaning only.
         made_of: Returns what takes the place of an inner object with these names and values;
             None of it is an object as any other.
 
@@ -46,13 +49,15 @@ def parse_object(
         if made is not None:
             return made
         mapping = dict(pairs)
-        if len(mapping) != len(pairs):
+        if is_strict and len(mapping) != len(pairs):
             seen: set[str] = set()
             twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]  # set.add returns None on purpose
             raise refuse(f"names '{twice}' twice")
         return mapping
 
-    def no_constant(text: str) -> None:
+    def constant(text: str) -> float:
+        if not is_strict:
+            return float(text)
         raise refuse(f"holds {text}, which is not JSON")
 
     for character, most in _MOST.items():
@@ -62,9 +67,9 @@ def parse_object(
         text = raw.decode("utf-8")
         with no_garbage_collection():
             value = json.loads(
-                text, object_pairs_hook=unique, parse_constant=no_constant, parse_int=_integer
+                text, object_pairs_hook=unique, parse_constant=constant, parse_int=_integer
             )
-        if "\\ud" in text.lower():  # half of a surrogate pair is no character
+        if is_strict and "\\ud" in text.lower():  # half of a surrogate pair is no character
             json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
     except (ValueError, RecursionError) as error:  # also UnicodeDecodeError, JSONDecodeError
         is_cut = not what and not raw.rstrip().endswith(b"}")

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 
+from ckptavg.checkpoint.digests import FileDigest
 from ckptavg.checkpoint.folder import Folder
 from ckptavg.checkpoint.protocol import Checkpoint
 from ckptavg.checkpoint.scheduler_state import SchedulerState
@@ -62,6 +63,10 @@ class WrappedCheckpoint:
     def verify(self) -> None:
         """Verify the checkpoint's files."""
         self._checkpoint.verify()
+
+    def digests(self, *, all_files: bool) -> Sequence[FileDigest]:
+        """Those of the checkpoint."""
+        return self._checkpoint.digests(all_files=all_files)
 
     def cancel(self) -> None:
         """Cancel the reads of the checkpoint."""

@@ -8,11 +8,13 @@ overlapping members, leading or trailing bytes) is refused.
 import struct
 from bisect import bisect_right
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.checkpoint.limits import MAX_ZIP_DIRECTORY_BYTES, MAX_ZIP_MEMBERS
 from ckptavg.errors import CheckpointError, IncompleteCheckpointError
+
+if TYPE_CHECKING:
+    from ckptavg.checkpoint.files import ReadableFile
 
 _END = struct.Struct("<4sHHHHIIH")
 _END_SIGNATURE = b"PK\x05\x06"
@@ -39,7 +41,7 @@ class Member(NamedTuple):
 class ZipDirectory:
     """The checked central directory of one zip file."""
 
-    def __init__(self, file: ReadableFile) -> None:
+    def __init__(self, file: "ReadableFile") -> None:
         """Read the central directory.
 
         Raises:

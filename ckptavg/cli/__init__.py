@@ -22,6 +22,7 @@ from ckptavg.errors import (
     AfterPublishError,
     CkptavgError,
     UsageError,
+    is_nul,
     printable,
     storage_error,
     without_token,
@@ -135,6 +136,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(str(storage_error(error)), 1, debug)
     except Exception as error:
+        if isinstance(error, ValueError) and is_nul(error):  # click looks at paths, too
+            return _fail("a path holds a NUL byte", 2, debug)
         hint = "" if debug else " (--debug shows the traceback; please report it)"
         return _fail(f"unexpected {type(error).__name__}: {error}{hint}", 1, debug)
     finally:

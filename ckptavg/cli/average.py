@@ -1,5 +1,6 @@
 """``ckptavg average``: many checkpoints in, one model directory out."""
 
+import sys
 from typing import Any
 
 import click
@@ -9,6 +10,7 @@ from ckptavg.cli.option_types import Coefficients
 from ckptavg.cli.options import (
     averaging_arguments,
     averaging_options,
+    checksum_option,
     machine_options,
     metric_options,
     output_options,
@@ -55,6 +57,7 @@ Examples:
 @reading_options
 @model_options(required=False, compare="--compare-bn")
 @machine_options
+@checksum_option
 @click.option(
     "--check-trajectory",
     is_flag=True,
@@ -115,6 +118,9 @@ def command(
         if is_first:
             echo_plan(prepared, output, as_json=as_json, quiet=quiet)
         return
+    # where nobody watches, a run that fails says so in one line
+    plans = list[Any]()
+    tell_plan = echo_coefficients if sys.stderr.isatty() else plans.append
     with stdout_for_the_result(), ProgressBars(quiet=quiet or as_json) as progress:
         result = average_checkpoints(
             sources,
@@ -125,10 +131,12 @@ def command(
             **arguments,
             check_trajectory=options["check_trajectory"],
             distributed=distributed,
-            planned=None if quiet or as_json else echo_coefficients,
+            planned=None if quiet or as_json else tell_plan,
             progress=progress,
             command=typed_command(),
         )
+    for plan in plans:
+        echo_coefficients(plan)
     if is_first:
         plural = "" if result.n_checkpoints == 1 else "s"
         number = "average" if len(result.outputs) == 1 else f"{len(result.outputs)} averages"

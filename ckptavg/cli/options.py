@@ -59,6 +59,13 @@ output_options = combined(
 )  # fmt: skip
 
 
+checksum_option = click.option(
+    "--checksum", is_flag=True,
+    help="Hash the input files while they are read (SHA-256, and the CRC-32 of torch files), and "
+    "record it, so that ckptavg verify finds any change; what comes from the Hub always is.",
+)  # fmt: skip
+
+
 _COUNT = click.IntRange(min=1)
 selection_options = combined(
     click.option(
@@ -288,4 +295,5 @@ def pipeline_arguments(options: dict[str, Any]) -> dict[str, Any]:
         "n_threads": options["io_threads"],
         "cache": options["cache"],
         "include_code": not options["no_code"],
+        **({"checksum": options["checksum"]} if "checksum" in options else {}),
     }

@@ -6,6 +6,7 @@ import click
 
 from ckptavg.cli.model_options import model_arguments, model_options
 from ckptavg.cli.options import (
+    checksum_option,
     machine_options,
     output_options,
     pipeline_arguments,
@@ -35,6 +36,7 @@ Examples:
 @reading_options
 @model_options(required=True, compare="--compare")
 @machine_options
+@checksum_option
 @save_recipe_option
 @talk_options
 def command(

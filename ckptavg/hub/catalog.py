@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from string import hexdigits
 from typing import Any
 from urllib.parse import quote
 from uuid import uuid4
@@ -32,6 +33,7 @@ from ckptavg.hub.transport import get_json, is_offline
 from ckptavg.tensors import HubRevision
 
 _FULL_COMMIT_DIGITS = 40
+_KIND_BY_DIGITS = {64: "sha256", 40: "git-sha1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +196,13 @@ def cached_file(found: HubRevision, path: str) -> Path | None:
     """Return where the cache holds a file at a commit; None if it does not."""
     where = try_to_load_from_cache(found.repo, path, revision=found.commit)
     return Path(where) if isinstance(where, str) and os.path.exists(where) else None
+
+
+def digest_by_name(cached: Path) -> str:
+    """Return the digest that the name of a copy in the cache tells, or nothing."""
+    name = Path(os.path.realpath(cached)).name
+    kind = _KIND_BY_DIGITS.get(len(name)) if set(name) <= set(hexdigits.lower()) else None
+    return f"{kind}:{name}" if kind else ""
 
 
 def remember_revision(found: HubRevision) -> None:

@@ -37,6 +37,7 @@ class HubConnection:
         self._cache = cache
         self._read_ahead = ReadAhead(connections or CONNECTIONS)
         self._repositories: dict[str, HubRepository] = {}
+        self._checked: set[Path] = set()  # copies whose hash was looked at
         self._folders: dict[tuple[str, str, str], dict[str, Entry]] = {}
         self._lock = Lock()
         self._n_bytes_before = traffic.nbytes
@@ -93,8 +94,18 @@ class HubConnection:
                     f"{label}: what arrived is not what the Hub says (its hash differs): the "
                     "transfer went wrong, try again; it is gone from the cache"
                 )
+            self._checked.add(there)
         catalog.remember_revision(found)
         return there
+
+    def digest_of(self, cached: Path, entry: Entry) -> str:
+        """Return what a copy in the cache must have as its digest; empty if nothing tells.
+
+        Offline the name of the copy tells: huggingface_hub calls it by its hash.
+        """
+        if cached in self._checked:
+            return ""
+        return entry.digest or catalog.digest_by_name(cached)
 
     def map(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
         """Call a function for each item, several at once, and return what they give in order."""

@@ -192,13 +192,13 @@ def refuse_soup(prepared: Prepared, evaluation: BnPass) -> None:
 def _served(prepared: Prepared, accepted: Sequence[int]) -> Prepared:
     """Return what is prepared for the mean of those that were accepted."""
     plan = plan_of(prepared, sorted(accepted))
-    folder = prepared.checkpoints[max(accepted)].folder
-    files, _ = find_side_files(folder, include_code=prepared.asked.include_code)
+    checkpoint = prepared.checkpoints[max(accepted)]
+    files, _ = find_side_files(checkpoint, include_code=prepared.asked.include_code)
     return replace(
         prepared,
         plan=plan,
         side_files=[files],
-        inherited_cards=[inherited_front_matter(folder)],
+        inherited_cards=[inherited_front_matter(checkpoint.folder)],
         workspace=replace(prepared.workspace, device="cpu"),  # sums are added there
     )
 

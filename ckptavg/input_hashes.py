@@ -1,0 +1,105 @@
+"""Hashes of the files that are averaged, taken while they are read."""
+
+from collections.abc import Sequence
+from functools import partial
+from threading import Condition, Thread
+from types import TracebackType
+from typing import Self
+
+from ckptavg.checkpoint.digests import FileDigest
+
+_STEP_NBYTES = 8 * 2**20
+_MIB = 2**20
+
+
+class InputHashes:
+    """Threads that follow an average through its inputs; a context manager.
+
+    All files are read at the same pace, so what was just read is still in memory. What is left
+    when the average is done, such as optimizer state, is read then.
+
+    Attributes:
+        found: Path of each file -> its digest, once ``finish`` has returned.
+    """
+
+    def __init__(self, digests: Sequence[FileDigest], n_threads: int) -> None:
+        """Prepare; nothing is read before the context is entered.
+
+        Args:
+            digests: Of the files.
+            n_threads: How many threads read and hash.
+        """
+        self.found: dict[str, str] = {}
+        self._shares = [digests[number::n_threads] for number in range(n_threads)]
+        self._done = 0.0
+        self._is_over = self._is_given_up = False
+        self._error: BaseException | None = None
+        self._changed = Condition()
+        self._threads = [
+            Thread(target=self._work, args=(share,), daemon=True) for share in self._shares if share
+        ]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with self._changed:
+            self._is_given_up = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def follow(self, done: float) -> None:
+        """Hear what part of the inputs was read, from 0 to 1."""
+        with self._changed:
+            self._done = done
+            self._changed.notify_all()
+
+    def finish(self) -> dict[str, str]:
+        """Wait until all is hashed, and return the digests by path.
+
+        Raises:
+            CheckpointError: If a file cannot be read, or is not what it says of itself.
+        """
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        if self._error is not None:
+            raise self._error
+        return self.found
+
+    def _work(self, share: Sequence[FileDigest]) -> None:
+        buffer = memoryview(bytearray(_MIB))
+        try:
+            while not (self._is_over or self._is_given_up):
+                seen = self._done
+                self._catch_up(share, seen, buffer)
+                with self._changed:
+                    self._changed.wait_for(partial(self._has_news, seen))
+            self._catch_up(share, 1.0, buffer)
+            for one in share if not self._is_given_up else ():
+                digest = one.finish()
+                one.file.note_digest(digest)
+                self.found[one.file.path] = digest
+        except BaseException as error:  # told by finish
+            self._error = error
+
+    def _catch_up(self, share: Sequence[FileDigest], done: float, buffer: memoryview) -> None:
+        """Hash all files up to that part of them, a step of each in turn."""
+        waiting = list(share)
+        while waiting and not self._is_given_up:
+            for one in waiting:
+                one.advance(one.position + _STEP_NBYTES, buffer, at_most=int(done * one.file.size))
+            waiting = [one for one in waiting if one.position < int(done * one.file.size)]
+
+    def _has_news(self, seen: float) -> bool:
+        return self._is_over or self._is_given_up or self._done > seen
