@@ -16,6 +16,7 @@ from ckptavg.checkpoint.folder import (
     Folder,
     is_side_file,
 )
+from ckptavg.checkpoint.limits import SIDE_FILE_BOUNDS
 from ckptavg.checkpoint.strict_json import parse_object
 from ckptavg.directories import entries
 from ckptavg.evidence_names import SEARCH_FILE, is_report
@@ -120,7 +121,7 @@ def read_side_file(file: SideFile, *, output_dtype: DType | None) -> bytes:
         opened.close()
     if file.name != "config.json" or output_dtype is None:
         return content
-    config = parse_object(content, str(file.path), is_strict=False)
+    config = parse_object(content, str(file.path), SIDE_FILE_BOUNDS, is_strict=False)
     return (json.dumps(_with_dtype(config, output_dtype.name), indent=2) + "\n").encode("utf-8")
 
 

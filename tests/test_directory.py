@@ -469,7 +469,7 @@ NOT_JSON, NO_OBJECT = "is not valid JSON", "is not a JSON object"
         (b"", NOT_JSON),
         (b"{", NOT_JSON),
         (b"\xff{}", NOT_JSON),
-        (b"[" * 100_000, NOT_JSON),
+        (b"[" * 1000, NOT_JSON),
         (b'{"a": ' + b"9" * 5000 + b"}", NOT_JSON),
         (b"version https://git-lfs.github.com/spec/v1\n", NOT_JSON),
         (b"[]", NO_OBJECT),

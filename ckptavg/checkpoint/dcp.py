@@ -102,6 +102,16 @@ class _Files:
             self.opened[name] = self._folder.open(name, label)
         return _Range(self.opened[name], stored)
 
+    def check_whole(self, stored: Iterable[StoredPart]) -> None:
+        """See that the opened files hold all that is said to be in them, also what is not read.
+
+        Raises:
+            CheckpointError: If one is too short.
+        """
+        for part in stored:
+            if part.file_name in self.opened:
+                _Range(self.opened[part.file_name], part)
+
     def prefetch(self, wanted: Iterable[StoredPart]) -> None:
         """Have the headers of many parts read at once."""
         ranges: dict[str, list[tuple[int, int]]] = {}
@@ -205,6 +215,7 @@ def open_dcp(folder: Folder, *, state_key: str | None) -> StoredCheckpoint:
         tensors, places = _placed(metadata, names, files, folder.label)
         step = _state_number(metadata, files, STEP_KEYS)
         epoch = _state_number(metadata, files, EPOCH_KEYS)
+        files.check_whole(metadata.stored.values())
     except BaseException:
         files.close()
         raise

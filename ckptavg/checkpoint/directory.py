@@ -6,6 +6,7 @@ A ``model.pt`` counts where there is nothing else.
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 from ckptavg.checkpoint.adapter import ADAPTER_CONFIG_NAME, ADAPTER_LAYOUT, open_adapter
 from ckptavg.checkpoint.dcp import open_dcp
@@ -21,10 +22,11 @@ from ckptavg.checkpoint.folder import (
     read_json,
 )
 from ckptavg.checkpoint.formats import open_file
-from ckptavg.checkpoint.limits import MAX_SHARDS
+from ckptavg.checkpoint.limits import INDEX_BOUNDS, MAX_SHARDS
 from ckptavg.checkpoint.position import Position, position_from_name
 from ckptavg.checkpoint.sharded import AnyPlace
 from ckptavg.checkpoint.stored import StoredCheckpoint
+from ckptavg.checkpoint.strict_json import TooLargeError
 from ckptavg.checkpoint.trainer_layouts import (
     is_trainer_layout,
     open_trainer_layout,
@@ -70,13 +72,23 @@ def open_directory(folder: Folder, *, state_key: str | None) -> StoredCheckpoint
         if folder.has(ADAPTER_CONFIG_NAME) and checkpoint.layout != ADAPTER_LAYOUT:
             note = "the full model was read, the PEFT adapter beside it was passed over"
             checkpoint.notes = [*checkpoint.notes, note]
-        state = read_json(folder, "trainer_state.json")
+        state = _trainer_state(folder, checkpoint)
     except BaseException:
         checkpoint.close()
         raise
     if state is not None:
         add_trainer_state(checkpoint, state)
     return checkpoint
+
+
+def _trainer_state(folder: Folder, checkpoint: StoredCheckpoint) -> dict[str, Any] | None:
+    """Read what transformers' Trainer wrote; of very long runs it is passed over with a note."""
+    try:
+        return read_json(folder, "trainer_state.json")
+    except TooLargeError as error:
+        note = f"{error}: step and metrics in it were passed over"
+        checkpoint.notes = [*checkpoint.notes, note]
+        return None
 
 
 def holds_weights(folder: Folder) -> bool:
@@ -310,17 +322,20 @@ def _is_same(name: str, one: StoredCheckpoint, other: StoredCheckpoint) -> bool:
 
 def _read_index(folder: Folder, name: str, label: str) -> dict[str, set[str]]:
     """Return shard file name -> the names of its tensors, shards in sorted order."""
-    index = read_json(folder, name, is_strict=True)
+    index = read_json(folder, name, INDEX_BOUNDS, is_strict=True)
     weight_map = index.get("weight_map") if index else None
     if type(weight_map) is not dict or not weight_map:
         raise CheckpointError(f"{label}: has no weight_map")
     names_by_shard: dict[str, set[str]] = {}
     for name, shard_name in weight_map.items():
-        if type(shard_name) is not str or not is_plain_file_name(shard_name):
-            raise CheckpointError(
-                f"{label}: names '{shard_name}' as a shard: only plain file names are allowed"
-            )
-        names_by_shard.setdefault(shard_name, set()).add(name)
+        names = names_by_shard.get(shard_name) if type(shard_name) is str else None
+        if names is None:
+            if type(shard_name) is not str or not is_plain_file_name(shard_name):
+                raise CheckpointError(
+                    f"{label}: names '{shard_name}' as a shard: only plain file names are allowed"
+                )
+            names = names_by_shard[shard_name] = set()
+        names.add(name)
     if len(names_by_shard) > MAX_SHARDS:
         raise CheckpointError(f"{label}: lists more than {MAX_SHARDS} shards")
     return {shard: names_by_shard[shard] for shard in sorted(names_by_shard)}

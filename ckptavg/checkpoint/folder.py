@@ -7,9 +7,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Protocol
 
 from ckptavg.checkpoint.files import PositionalFile, ReadableFile
-from ckptavg.checkpoint.limits import MAX_JSON_BYTES
-from ckptavg.checkpoint.strict_json import parse_object
-from ckptavg.errors import CheckpointError
+from ckptavg.checkpoint.limits import MAX_JSON_BYTES, SIDE_FILE_BOUNDS, JsonBounds
+from ckptavg.checkpoint.strict_json import TooLargeError, parse_object
 from ckptavg.tensors import HubRevision
 
 PROVENANCE_NAME = "ckptavg.json"
@@ -165,16 +164,20 @@ def is_plain_file_name(name: str) -> bool:
     )
 
 
-def read_json(folder: Folder, name: str, *, is_strict: bool = False) -> dict[str, Any] | None:
+def read_json(
+    folder: Folder, name: str, bounds: JsonBounds = SIDE_FILE_BOUNDS, *, is_strict: bool = False
+) -> dict[str, Any] | None:
     """Return the JSON object in a file of a folder, or None if there is no such file.
 
     Args:
         folder: Where it lies.
         name: Of the file.
+        bounds: How much it may hold.
         is_strict: See ``parse_object``.
 
     Raises:
-        CheckpointError: If it is not a JSON object, or unreasonably large.
+        TooLargeError: If it is unreasonably large.
+        CheckpointError: If it is not a JSON object.
     """
     if not folder.has(name):
         return None
@@ -182,12 +185,12 @@ def read_json(folder: Folder, name: str, *, is_strict: bool = False) -> dict[str
     file = folder.open(name, label)
     try:
         if file.size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{label}: has {file.size} bytes, too many for a JSON side file")
+            raise TooLargeError(f"{label}: has {file.size} bytes, too many for a JSON side file")
         raw = file.read(0, file.size)
         file.verify()
     finally:
         file.close()
-    return parse_object(raw, label, is_strict=is_strict)
+    return parse_object(raw, label, bounds, is_strict=is_strict)
 
 
 def read_local_json(path: Path) -> dict[str, Any] | None:

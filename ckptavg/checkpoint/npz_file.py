@@ -7,6 +7,7 @@ import re
 import struct
 from math import prod
 from typing import NamedTuple
+from zlib import crc32
 
 from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.checkpoint.limits import MAX_ARRAYS, MAX_DIMENSIONS
@@ -27,8 +28,12 @@ _SUFFIX = ".npy"
 _HEADER = re.compile(
     r"\{'descr': ?(?:'(?P<descr>[^'\\]*)'|(?P<fields>\[[^{}]*\])), ?"
     r"'fortran_order': ?(?P<order>True|False), ?"
-    r"'shape': ?\((?P<shape>|\d{1,20}L?,|\d{1,20}L?(?:, ?\d{1,20}L?)+,?)\),? ?\}[ \n]*"
+    r"'shape': ?\((?P<shape>|SIZE,|SIZE(?:, ?SIZE)+,?)\),? ?\}[ \n]*".replace(
+        "SIZE",
+        "(?:0|[1-9][0-9]{0,19})L?",  # L: as Python 2 wrote it
+    )
 )
+_TEXT = re.compile(r"[<>|=][US][0-9]+")
 _LOCAL_HEADER_BYTES = 30
 
 _DTYPES = {
@@ -100,7 +105,8 @@ def _read_header(file: ReadableFile, member: Member, start: int) -> _Array | Non
         return CheckpointError(f"{file.label}: the array '{member.name}' {what}")
 
     begin = file.read(start, min(member.nbytes, 12))
-    length = _LENGTHS.get(begin[6]) if begin[:6] == _MAGIC and len(begin) == 12 else None
+    is_array = begin[:6] == _MAGIC and len(begin) == 12 and begin[7] == 0
+    length = _LENGTHS.get(begin[6]) if is_array else None
     if length is None:
         raise refuse("has no header of numpy's format 1, 2 or 3")
     (header_bytes,) = length.unpack_from(begin, 8)
@@ -109,15 +115,15 @@ def _read_header(file: ReadableFile, member: Member, start: int) -> _Array | Non
         raise refuse(f"has a header of {header_bytes} bytes, which is too long")
     raw = file.read(start + 8 + length.size, header_bytes)
     header = _HEADER.fullmatch(raw.decode("utf-8", "replace"))
-    if header is None:
+    if header is None or (begin[6] == 3 and "L" in header["shape"]):
         raise refuse("has a damaged header")
     if header["fields"]:
         raise refuse("is of several fields, expected numbers")
     description = header["descr"]
-    shape = tuple(int(size) for size in re.findall(r"\d+", header["shape"]))
+    shape = tuple(int(size) for size in re.findall("[0-9]+", header["shape"]))
     if len(shape) > MAX_DIMENSIONS or not all(size < _MAX_SIZE for size in shape):
         raise refuse("has a damaged header")
-    if description[1:2] in ("U", "S"):
+    if _TEXT.fullmatch(description):
         return None
     dtype = _dtype(description)
     if isinstance(dtype, str):
@@ -125,6 +131,8 @@ def _read_header(file: ReadableFile, member: Member, start: int) -> _Array | Non
     info = TensorInfo(dtype, shape)
     if data_start + info.nbytes != member.nbytes:
         raise refuse(f"has {member.nbytes - data_start} bytes, expected {info.nbytes}")
+    if not info.nbytes and member.crc32 not in (0, crc32(file.read(start, member.nbytes))):
+        raise refuse("has a damaged header")
     is_column_major = header["order"] == "True" and sum(size != 1 for size in shape) > 1
     strides = tuple(prod(shape[:axis]) for axis in range(len(shape))) if is_column_major else None
     return _Array(info, strides if info.numel else None, start + data_start)

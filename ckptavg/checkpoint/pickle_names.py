@@ -34,6 +34,11 @@ _QUANTISED_STORAGES = {
 }  # fmt: skip
 
 
+# values that are named, not called
+_VALUES = frozenset(
+    {f"torch.{name}" for name in DTYPE_BY_NAME}
+    | {f"torch.{name}" for name in ("per_tensor_affine", "per_channel_affine", "contiguous_format")}
+)
 # Classes and functions that only describe data. Calling one makes an Inert value.
 _INERT_NAMES = frozenset(
     {
@@ -113,8 +118,7 @@ _INERT_NAMES = frozenset(
             "object", "range", "xrange", "set", "slice", "str", "tuple", "unicode", "long",
         )
     }
-    | {f"torch.{name}" for name in DTYPE_BY_NAME}
-    | {f"torch.{name}" for name in ("per_tensor_affine", "per_channel_affine", "contiguous_format")}
+    | _VALUES
 )  # fmt: skip
 
 _UNSUPPORTED_TENSORS = {
@@ -151,9 +155,9 @@ def called(function: Name, arguments: tuple[Any, ...]) -> Any:
         return _CALLS[full](*_bounded(arguments))
     if full in _UNSUPPORTED_TENSORS:
         return Unsupported(_UNSUPPORTED_TENSORS[full])
-    if full in _INERT_NAMES:
+    if full in _INERT_NAMES and full not in _VALUES:
         return Inert(full)
-    raise TypeError("calls a storage")
+    raise TypeError("calls what is not a function")
 
 
 def storage(kind: Any, key: Any, numel: Any) -> Storage | Unsupported:
@@ -162,7 +166,13 @@ def storage(kind: Any, key: Any, numel: Any) -> Storage | Unsupported:
     Raises:
         TypeError: If it is damaged.
     """
-    if type(kind) is not Name or type(key) is not str or type(numel) is not int or numel < 0:
+    if (
+        type(kind) is not Name
+        or not _is_storage(kind.attribute)
+        or type(key) is not str
+        or type(numel) is not int
+        or numel < 0
+    ):
         raise TypeError("a damaged storage reference")
     if kind.attribute in _QUANTISED_STORAGES:
         return Unsupported("quantised")

@@ -23,6 +23,9 @@ from ckptavg.checkpoint.pickle_values import Inert, Name, Pairs, Storage, Tensor
 from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 
 _MAX_INTEGER_BYTES = 64
+_UINT1, _UINT2, _UINT4, _UINT8, _INT4, _DOUBLE = map(
+    struct.Struct, ("<B", "<H", "<I", "<Q", "<i", ">d")
+)
 
 
 class PickleLimits(NamedTuple):
@@ -147,8 +150,12 @@ class _Machine:
         self.at = end
         return value
 
-    def number(self, layout: str) -> Any:
-        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
+    def number(self, layout: struct.Struct) -> Any:
+        start = self.at
+        self.at += layout.size
+        if self.at > len(self._raw):
+            raise _EndOfBytesError
+        return layout.unpack_from(self._raw, start)[0]
 
     def line(self, encoding: str = "utf-8") -> str:
         end = self._raw.find(b"\n", self.at)
@@ -163,6 +170,10 @@ class _Machine:
         if len(text) < 2 or text[0] != text[-1] or text[0] not in "'\"" or "\\" in text:
             raise ValueError("a text that is not quoted, or needs unescaping")
         return text[1:-1]
+
+    def old_text(self, layout: struct.Struct) -> str:
+        """Take a text of Python 2, whose encoding nothing tells; torch takes it for UTF-8."""
+        return self.take(self.number(layout)).decode("utf-8", "surrogateescape")
 
     # -- the stack
 
@@ -213,13 +224,13 @@ class _Machine:
     def integer(self, nbytes: int) -> None:
         if nbytes > _MAX_INTEGER_BYTES:
             raise self._refuse(f"its pickle holds an integer of {nbytes} bytes")
-        self.push(int.from_bytes(self.take(nbytes), "little", signed=True))
+        self.make(int.from_bytes(self.take(nbytes), "little", signed=True))
 
     def integer_line(self) -> None:
         text = self.line().removesuffix("L")
         if len(text) > 3 * _MAX_INTEGER_BYTES:
             raise self._refuse("its pickle holds an integer that is too long")
-        self.push({"00": False, "01": True}.get(text) if text in ("00", "01") else int(text))
+        self.make({"00": False, "01": True}.get(text) if text in ("00", "01") else int(text))
 
     def append(self, values: list[Any]) -> None:
         target = self.top()
@@ -304,8 +315,10 @@ class _Machine:
                 "holds views of storages (view_metadata), which torch no longer writes; load it "
                 "once with torch.load(..., weights_only=True) and save it again with torch.save"
             )
-        self.make(storage(kind, key, numel))
-        self.storages.setdefault(key, self.top())
+        stored = storage(kind, key, numel)
+        if self.storages.setdefault(key, stored) != stored:
+            raise self._refuse(f"refers to the storage '{key}' in two ways")
+        self.make(stored)
 
 
 _STOP = ord(".")
@@ -323,24 +336,28 @@ _OPERATIONS: dict[int, Callable[[_Machine], object]] = {
         "\x89": lambda m: m.push(False),  # NEWFALSE
         "I": _Machine.integer_line,  # INT
         "L": _Machine.integer_line,  # LONG
-        "J": lambda m: m.push(m.number("<i")),  # BININT
-        "K": lambda m: m.push(m.number("<B")),  # BININT1
-        "M": lambda m: m.push(m.number("<H")),  # BININT2
-        "\x8a": lambda m: m.integer(m.number("<B")),  # LONG1
-        "\x8b": lambda m: m.integer(m.number("<I")),  # LONG4
-        "F": lambda m: m.push(float(m.line())),  # FLOAT
-        "G": lambda m: m.push(m.number(">d")),  # BINFLOAT
+        "J": lambda m: m.make(m.number(_INT4)),  # BININT
+        "K": lambda m: m.push(m.number(_UINT1)),  # BININT1
+        "M": lambda m: m.make(m.number(_UINT2)),  # BININT2
+        "\x8a": lambda m: m.integer(m.number(_UINT1)),  # LONG1
+        "\x8b": lambda m: m.integer(m.number(_UINT4)),  # LONG4
+        "F": lambda m: m.make(float(m.line())),  # FLOAT
+        "G": lambda m: m.make(m.number(_DOUBLE)),  # BINFLOAT
         "V": lambda m: m.make(m.line("raw-unicode-escape")),  # UNICODE
-        "X": lambda m: m.make(m.take(m.number("<I")).decode("utf-8", "surrogatepass")),
-        "\x8c": lambda m: m.make(m.take(m.number("<B")).decode("utf-8", "surrogatepass")),
-        "\x8d": lambda m: m.make(m.take(m.number("<Q")).decode("utf-8", "surrogatepass")),
+        "X": lambda m: m.make(m.take(m.number(_UINT4)).decode("utf-8", "surrogatepass")),
+        "\x8c": lambda m: m.make(m.take(m.number(_UINT1)).decode("utf-8", "surrogatepass")),
+        "\x8d": lambda m: m.make(m.take(m.number(_UINT8)).decode("utf-8", "surrogatepass")),
         "S": lambda m: m.make(m.quoted_line()),  # STRING
-        "T": lambda m: m.make(m.take(m.number("<I")).decode("latin-1")),  # BINSTRING
-        "U": lambda m: m.make(m.take(m.number("<B")).decode("latin-1")),  # SHORT_BINSTRING
-        "B": lambda m: m.make(m.take(m.number("<I"))),  # BINBYTES
-        "C": lambda m: m.make(m.take(m.number("<B"))),  # SHORT_BINBYTES
-        "\x8e": lambda m: m.make(m.take(m.number("<Q"))),  # BINBYTES8
-        "\x96": lambda m: m.push(m.take(m.number("<Q"))),  # BYTEARRAY8
+        "T": lambda m: m.make(
+            m.take(m.number(_UINT4)).decode("utf-8", "surrogateescape")
+        ),  # BINSTRING
+        "U": lambda m: m.make(
+            m.take(m.number(_UINT1)).decode("utf-8", "surrogateescape")
+        ),  # SHORT_BINSTRING
+        "B": lambda m: m.make(m.take(m.number(_UINT4))),  # BINBYTES
+        "C": lambda m: m.make(m.take(m.number(_UINT1))),  # SHORT_BINBYTES
+        "\x8e": lambda m: m.make(m.take(m.number(_UINT8))),  # BINBYTES8
+        "\x96": lambda m: m.push(m.take(m.number(_UINT8))),  # BYTEARRAY8
         "]": lambda m: m.make([]),  # EMPTY_LIST
         "l": lambda m: m.push(m.pop_group()),  # LIST
         "a": lambda m: m.append([m.pop()]),  # APPEND
@@ -358,11 +375,11 @@ _OPERATIONS: dict[int, Callable[[_Machine], object]] = {
         "\x90": lambda m: m.append(m.pop_group()),  # ADDITEMS
         "\x91": _Machine.inert_group,  # FROZENSET
         "g": lambda m: m.load(int(m.line())),  # GET
-        "h": lambda m: m.load(m.number("<B")),  # BINGET
-        "j": lambda m: m.load(m.number("<I")),  # LONG_BINGET
+        "h": lambda m: m.load(m.number(_UINT1)),  # BINGET
+        "j": lambda m: m.load(m.number(_UINT4)),  # LONG_BINGET
         "p": lambda m: m.store(int(m.line())),  # PUT
-        "q": lambda m: m.store(m.number("<B")),  # BINPUT
-        "r": lambda m: m.store(m.number("<I")),  # LONG_BINPUT
+        "q": lambda m: m.store(m.number(_UINT1)),  # BINPUT
+        "r": lambda m: m.store(m.number(_UINT4)),  # LONG_BINPUT
         "\x94": lambda m: m.store(len(m._memo)),  # MEMOIZE
         "c": _Machine.global_name,  # GLOBAL
         "\x93": _Machine.stack_name,  # STACK_GLOBAL

@@ -6,17 +6,22 @@ are not interpreted here.
 """
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any, NamedTuple
 
 from ckptavg.checkpoint.files import ReadableFile
-from ckptavg.checkpoint.limits import MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_TENSORS
+from ckptavg.checkpoint.limits import (
+    HEADER_BOUNDS,
+    MAX_DIMENSIONS,
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+)
 from ckptavg.checkpoint.strict_json import Pairs, parse_object
+from ckptavg.checkpoint.strided import is_impossible
 from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 from ckptavg.tensors import DTYPE_BY_CODE, TensorInfo
 
 _FORMAT_HEADER_BYTES = 100_000_000  # what the format allows
-_MAX_TENSOR_BITS = 2**64  # numel x bits must fit what other readers compute in
-_MAX_SIZE = 2**63
 
 
 class SafetensorsHeader:
@@ -70,7 +75,7 @@ def read_header(file: ReadableFile) -> SafetensorsHeader:
         raise refuse("is not a safetensors file: its header does not begin with '{'")
     if (count := raw.count(b'"data_offsets"')) > MAX_TENSORS:
         raise refuse(f"has {count} tensors, at most {MAX_TENSORS} are allowed")
-    header = parse_object(raw, file.label, what="its header", made_of=_entry)
+    header = parse_object(raw, file.label, HEADER_BOUNDS, what="its header", made_of=_entry)
     metadata = _parse_metadata(header.pop("__metadata__", {}), refuse)
 
     entries = []
@@ -144,10 +149,9 @@ def _parse_entry(name: str, entry: Any, refuse: Any) -> tuple[TensorInfo, int, i
     ):
         raise refuse(f"tensor '{name}' has data_offsets that are not a byte range")
     bits = dtype.bits
-    for size in shape:  # element by element: a 0 further on must not hide an overflow
-        bits *= size
-        if bits >= _MAX_TENSOR_BITS or size >= _MAX_SIZE:
-            raise refuse(f"tensor '{name}' has an impossible size")
+    if is_impossible(TensorInfo(dtype, shape)):
+        raise refuse(f"tensor '{name}' has an impossible size")
+    bits *= prod(shape)
     begin, end = offsets
     if bits % 8:
         raise refuse(f"tensor '{name}' of {dtype} and shape {[*shape]} ends inside a byte")

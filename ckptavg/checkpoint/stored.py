@@ -12,7 +12,7 @@ from ckptavg.checkpoint.limits import MAX_NAME_CHARACTERS
 from ckptavg.checkpoint.protocol import READ_SCRATCH_BYTES
 from ckptavg.checkpoint.scheduler_state import SchedulerState
 from ckptavg.checkpoint.sharded import AnyPlace, Boxes, Place, Rows
-from ckptavg.checkpoint.strided import read_strided
+from ckptavg.checkpoint.strided import is_impossible, read_strided
 from ckptavg.errors import CheckpointError
 from ckptavg.tensors import FileStamp, HubRevision, Piece, TensorInfo
 
@@ -59,6 +59,9 @@ class StoredCheckpoint:
                 f"{self.label}: the name of tensor '{longest[:_SHOWN_CHARACTERS]}...' has "
                 f"{len(longest)} characters, at most {MAX_NAME_CHARACTERS} are allowed"
             )
+        for name, info in self.tensors.items():
+            if is_impossible(info):
+                raise CheckpointError(f"{self.label}: tensor '{name}' has an impossible size")
 
     def is_described_by(self, file: ReadableFile) -> None:
         """Take care of a file that says how to read the others: an index, an adapter's config."""

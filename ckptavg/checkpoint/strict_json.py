@@ -8,17 +8,20 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from ckptavg.checkpoint.limits import MAX_JSON_NESTING, no_garbage_collection
+from ckptavg.checkpoint.limits import MAX_JSON_NESTING, JsonBounds, no_garbage_collection
 from ckptavg.errors import CheckpointError, IncompleteCheckpointError
 
 Pairs = list[tuple[str, Any]]
-# how often each may stand in a text; names and values of a model come nowhere near
-_MOST = {b"{": 300_000, b"[": 500_000, b":": 2_000_000, b",": 3_000_000}
+
+
+class TooLargeError(CheckpointError):
+    """A JSON text is larger than what is read."""
 
 
 def parse_object(
     raw: bytes,
     label: str,
+    bounds: JsonBounds,
     *,
     what: str = "",
     is_strict: bool = True,
@@ -29,6 +32,7 @@ def parse_object(
     Args:
         raw: The text, in UTF-8.
         label: The file it comes from, which messages begin with.
+        bounds: How much it may hold.
         what: Which part of it, such as ``its header``, where it is not the whole; it cannot be
             cut short then.
         is_strict: Whether to refuse names given twice, NaN and halves of characters, which Python
@@ -37,8 +41,9 @@ def parse_object(
             None of it is an object as any other.
 
     Raises:
+        TooLargeError: If it holds more than a model needs.
         IncompleteCheckpointError: If it ends early.
-        CheckpointError: If it is anything else, or more than a model needs.
+        CheckpointError: If it is anything else.
     """
 
     def refuse(why: str, kind: type[CheckpointError] = CheckpointError) -> CheckpointError:
@@ -60,9 +65,9 @@ def parse_object(
             return float(text)
         raise refuse(f"holds {text}, which is not JSON")
 
-    for character, most in _MOST.items():
-        if (count := raw.count(character)) > most:
-            raise refuse(f"has {count} '{character.decode()}', at most {most} are allowed")
+    for character, most in zip("{[:,", bounds, strict=True):
+        if (count := raw.count(character.encode())) > most:
+            raise refuse(f"has {count} '{character}', at most {most} are read", TooLargeError)
     try:
         text = raw.decode("utf-8")
         with no_garbage_collection():

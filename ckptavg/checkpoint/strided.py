@@ -14,8 +14,24 @@ from numpy.typing import NDArray
 
 from ckptavg.checkpoint.files import ReadableFile
 from ckptavg.checkpoint.protocol import READ_SCRATCH_BYTES
+from ckptavg.tensors import TensorInfo
 
+_MAX_BITS = 2**64
+_MAX_SIZE = 2**63
 Block = tuple[tuple[int, int], ...]  # one half-open index range a dimension
+
+
+def is_impossible(info: TensorInfo) -> bool:
+    """Tell whether sizes or strides of a tensor leave what libraries compute in.
+
+    Element by element: a 0 further on must not hide an overflow.
+    """
+    bits = info.dtype.bits
+    for size in info.shape:
+        bits *= max(size, 1)
+        if bits >= _MAX_BITS or size >= _MAX_SIZE:
+            return True
+    return False
 
 
 def is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

@@ -71,6 +71,7 @@ def open_torch_file(
     aliases: dict[str, str] = {}
     owners: dict[tuple[Any, ...], str] = {}
     left_out = []
+    seen: set[str] = set()
     for name, value in state_dict.items:
         if type(name) is not str:
             raise CheckpointError(f"{file.label}: the state dict has a key that is not a string")
@@ -80,6 +81,9 @@ def open_torch_file(
             raise CheckpointError(
                 f"{file.label}: the name of tensor '{name}' is not valid Unicode"
             ) from error
+        if name in seen:
+            raise CheckpointError(f"{file.label}: the state dict holds '{name}' twice")
+        seen.add(name)
         if type(value) is Unsupported:
             raise CheckpointError(
                 f"{file.label}: tensor '{name}' is {value.what}; only plain tensors are averaged"
@@ -87,8 +91,6 @@ def open_torch_file(
         if type(value) is not TensorView:
             left_out.append(name)
             continue
-        if name in tensors:
-            raise CheckpointError(f"{file.label}: the state dict holds '{name}' twice")
         tensors[name] = TensorInfo(value.dtype, value.shape)
         places[name] = place_view(file, archive, name, value)
         identity = (value.storage.key, value.offset, value.shape, value.strides, value.dtype)

@@ -25,6 +25,7 @@ _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _MAX_COMMENT_BYTES = 65_535
 _ENCRYPTED_FLAG = 0x1
 _DESCRIPTOR_FLAG = 0x8
+_DIRECTORY_ATTRIBUTE = 0x10  # of MS-DOS; torch reads such a member as nothing
 _DESCRIPTOR_BYTES = (16, 24)  # signature, CRC-32 and both sizes, of 4 or 8 bytes each
 _ZIP64_EXTRA = 0x0001
 
@@ -67,8 +68,10 @@ class ZipDirectory:
         signature, _, flags, method, _, _, _, _, _, name_bytes, extra_bytes = _LOCAL.unpack(raw)
         if signature != b"PK\x03\x04" or method != 0 or flags & _ENCRYPTED_FLAG:
             raise self._refuse(f"{refusal} has a damaged header")
-        name = self._file.read(member.header_offset + _LOCAL.size, name_bytes)
-        if name != member.name.encode("utf-8"):
+        name = member.name.encode("utf-8")  # a stated length may lead anywhere
+        if name_bytes != len(name) or name != self._file.read(
+            member.header_offset + _LOCAL.size, len(name)
+        ):
             raise self._refuse(f"{refusal} has another name in its own header")
         start = member.header_offset + _LOCAL.size + int(name_bytes) + int(extra_bytes)
         limit = self._limit(member)
@@ -188,6 +191,8 @@ class ZipDirectory:
                 )
             if name in members:
                 raise self._refuse(f"the zip archive holds '{name}' twice")
+            if entry[15] & _DIRECTORY_ATTRIBUTE or name.endswith("/"):
+                raise self._refuse(f"the zip archive's member '{name}' is a directory")
             if offset + _LOCAL.size + size > start:
                 raise self._refuse(f"the zip archive's member '{name}' lies outside the file")
             members[name] = Member(name, offset, size, crc32)
