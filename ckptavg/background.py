@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from threading import Event, Thread
+from threading import Thread
 from time import monotonic
 
 from ckptavg.blocks import Differing
+from ckptavg.hub.threads import Latch
 from ckptavg.journal import Journal, remove_journals
 from ckptavg.writer import ModelWriter
 
@@ -44,7 +45,7 @@ class Background:
         self._finished = finished
         self._journal = journal
         self._partial = partial
-        self._is_over = Event()
+        self._is_over = Latch()
         works = [self._write_back, self._hash_along] if hashes else [self._write_back]
         self._threads = [Thread(target=work, daemon=True) for work in works]
         for thread in self._threads:
@@ -77,6 +78,6 @@ class Background:
         while not self._is_over.wait(_PAUSE_SECONDS):
             for model in self._models:
                 try:
-                    model.hash_along(self._finished, self._is_over.is_set)
+                    model.hash_along(self._finished, lambda: self._is_over.is_set)
                 except OSError:  # it shows again at the end, where it can be told
                     return

@@ -1,15 +1,16 @@
 """Hashes of the files that are averaged, taken while they are read."""
 
 from collections.abc import Sequence
-from functools import partial
-from threading import Condition, Thread
+from threading import Thread
 from types import TracebackType
 from typing import Self
 
 from ckptavg.checkpoint.digests import FileDigest
+from ckptavg.hub.threads import Latch
 
 _STEP_NBYTES = 8 * 2**20
 _MIB = 2**20
+_PAUSE_SECONDS = 0.02
 
 
 class InputHashes:
@@ -32,9 +33,9 @@ class InputHashes:
         self.found: dict[str, str] = {}
         self._shares = [digests[number::n_threads] for number in range(n_threads)]
         self._done = 0.0
-        self._is_over = self._is_given_up = False
+        self._is_over = Latch()
+        self._is_given_up = False
         self._error: BaseException | None = None
-        self._changed = Condition()
         self._threads = [
             Thread(target=self._work, args=(share,), daemon=True) for share in self._shares if share
         ]
@@ -50,17 +51,14 @@ class InputHashes:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with self._changed:
-            self._is_given_up = True
-            self._changed.notify_all()
+        self._is_given_up = True
+        self._is_over.set()
         for thread in self._threads:
             thread.join()
 
     def follow(self, done: float) -> None:
         """Hear what part of the inputs was read, from 0 to 1."""
-        with self._changed:
-            self._done = done
-            self._changed.notify_all()
+        self._done = done
 
     def finish(self) -> dict[str, str]:
         """Wait until all is hashed, and return the digests by path.
@@ -68,9 +66,7 @@ class InputHashes:
         Raises:
             CheckpointError: If a file cannot be read, or is not what it says of itself.
         """
-        with self._changed:
-            self._is_over = True
-            self._changed.notify_all()
+        self._is_over.set()
         for thread in self._threads:
             thread.join()
         if self._error is not None:
@@ -80,11 +76,8 @@ class InputHashes:
     def _work(self, share: Sequence[FileDigest]) -> None:
         buffer = memoryview(bytearray(_MIB))
         try:
-            while not (self._is_over or self._is_given_up):
-                seen = self._done
-                self._catch_up(share, seen, buffer)
-                with self._changed:
-                    self._changed.wait_for(partial(self._has_news, seen))
+            while not self._is_over.wait(_PAUSE_SECONDS):
+                self._catch_up(share, self._done, buffer)
             self._catch_up(share, 1.0, buffer)
             for one in share if not self._is_given_up else ():
                 digest = one.finish()
@@ -100,6 +93,3 @@ class InputHashes:
             for one in waiting:
                 one.advance(one.position + _STEP_NBYTES, buffer, at_most=int(done * one.file.size))
             waiting = [one for one in waiting if one.position < int(done * one.file.size)]
-
-    def _has_news(self, seen: float) -> bool:
-        return self._is_over or self._is_given_up or self._done > seen

@@ -39,6 +39,9 @@ STAGED_BYTES = len(f".{PARTIAL}-{_LOCK}") + _N_DIGITS  # how much longer names b
 _STAGED = re.compile(rf".+\.[a-z]+-[0-9a-f]{{{_N_DIGITS}}}({re.escape(_LOCK)})?")
 
 
+published: list[Path] = []  # what has its place, in this process
+
+
 def is_staged(name: str) -> bool:
     """Tell by its name whether something is being made, or locks that."""
     return _STAGED.fullmatch(name) is not None
@@ -125,10 +128,12 @@ class Stage:
             OutputError: If something else has that name.
             OSError: If the storage refuses.
         """
-        was_there = False
+        was_there = os.path.lexists(self.path)
+        self._owns = not was_there  # also if a signal comes right after it is made
         try:
             self.path.mkdir()
         except FileExistsError as error:
+            self._owns = False
             is_directory = self.path.is_dir() and not self.path.is_symlink()
             is_left = is_directory and (self._had_lock or self._is_left(self.path))
             if not (self.has_locks and is_left):
@@ -226,6 +231,9 @@ class Stage:
             if os.path.lexists(self.target):
                 raise self.appeared() from error
             self.path.rename(self.target)  # of directories: fails on all but an empty one
+        finally:
+            if self.is_in_place():  # also if a signal came right after it
+                published.append(self.target)
 
     def confirm(self, *, replaced: bool) -> None:
         """Bring the move to the storage, then let go of what was replaced, and of the name.
@@ -380,6 +388,7 @@ def publish_file(
         if overwrite:
             check()
             stage.path.replace(stage.target)
+            published.append(stage.target)
         else:
             stage.move(replaces=False)
         try:

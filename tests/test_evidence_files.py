@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import tree
 
-from ckptavg import AfterPublishError, OutputError, staging
+from ckptavg import AfterPublishError, OutputError, directories, staging
 from ckptavg.evidence_files import (
     check_evidence_destination,
     data_files,
@@ -207,7 +207,7 @@ def test_a_failure_after_the_exchange_is_told_as_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     holding(tmp_path / "out", OLD)
-    sync = staging.sync_directory
+    sync = directories.sync_directory
 
     def fail_on_parent(path: Path) -> None:
         if path == tmp_path:

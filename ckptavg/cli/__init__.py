@@ -4,12 +4,15 @@ Exit codes: 0 done; 1 refused or failed, nothing published; 2 usage; 3 published
 failed; 129, 130, 143 ended by SIGHUP, SIGINT, SIGTERM, nothing published.
 """
 
+import _thread
 import contextlib
 import importlib
 import os
 import re
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Sequence
 from types import FrameType
@@ -27,8 +30,10 @@ from ckptavg.errors import (
     storage_error,
     without_token,
 )
+from ckptavg.staging import published
 
 TYPED = "ckptavg.typed"  # where click's context keeps the arguments of a command as typed
+_SEND_AGAIN_SECONDS = 0.001
 _QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
 
 # command -> module that holds it as `command`; imported when it is needed
@@ -97,7 +102,7 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 - kept open to the end
-    code = run()
+    code = run(ends_process=True)
     try:
         sys.stdout.flush()
     except OSError:  # what could not be printed was dealt with where it was printed
@@ -105,14 +110,16 @@ def main() -> None:
     sys.exit(code)
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
+def run(arguments: Sequence[str] | None = None, *, ends_process: bool = False) -> int:
     """Run the command line and return the exit code.
 
     Args:
         arguments: What follows ``ckptavg``; None takes it from ``sys.argv``.
+        ends_process: Whether nothing follows: a signal then changes nothing any more.
     """
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
     handlers = _catch_signals()
+    published.clear()
     try:
         code = cli.main(
             None if arguments is None else list(arguments),
@@ -126,9 +133,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         error.show()
         return 2
     except click.Abort:  # what click makes of a KeyboardInterrupt
-        return _fail("interrupted; nothing was published", 130, debug)
+        return _fail_ended("interrupted", 130, debug)
     except _Ended as error:
-        return _fail(f"{error}; nothing was published{_notes(error)}", error.exit_code, debug)
+        return _fail_ended(str(error), error.exit_code, debug, _notes(error))
     except MemoryError:
         return _fail("out of memory; nothing was published (--memory lowers the need)", 1, debug)
     except CkptavgError as error:
@@ -142,7 +149,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"unexpected {type(error).__name__}: {error}{hint}", 1, debug)
     finally:
         for number, handler in handlers:
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if ends_process else handler)
 
 
 def exit_code_of(error: CkptavgError) -> int:
@@ -166,17 +173,43 @@ def _fail(message: str, code: int, debug: bool) -> int:
     return code
 
 
+def _takes_a_lock(frame: FrameType) -> bool:
+    """Tell whether a condition or semaphore is entered or left at this moment."""
+    code = frame.f_code
+    return code.co_filename == threading.__file__ and code.co_name in ("__enter__", "__exit__")
+
+
+def _send_again(number: int) -> None:
+    time.sleep(_SEND_AGAIN_SECONDS)
+    main_thread = threading.main_thread().ident
+    if main_thread is not None:
+        signal.pthread_kill(main_thread, number)
+
+
+def _fail_ended(how: str, code: int, debug: bool, notes: str = "") -> int:
+    """Tell that a signal ended the run, and whether anything was published before."""
+    there = [target for target in published if os.path.lexists(target)]
+    if there:
+        return _fail(f"{there[0]}: is published and whole, but then: {how}{notes}", 3, debug)
+    return _fail(f"{how}; nothing was published{notes}", code, debug)
+
+
 def _catch_signals() -> list[tuple[signal.Signals, Any]]:
     """Let signals end the run in order; return what handled them before.
 
     One that is ignored, as under nohup, stays ignored. The first one makes the clean-up deaf to
-    those that follow. Processes that a data loader forks die of them as usual.
+    those that follow. Processes that a data loader forks die of them as usual. One that comes while
+    a lock of Python's own library is taken or let go is sent again: raised there, it would leave
+    the lock held, and the clean-up could wait for it for ever.
     """
     process = os.getpid()
 
     def end(number: int, frame: FrameType | None) -> None:
         if os.getpid() != process:
             os._exit(128 + number)
+        if frame is not None and _takes_a_lock(frame):
+            _thread.start_new_thread(_send_again, (number,))
+            return
         for caught, _ in handlers:
             signal.signal(caught, signal.SIG_IGN)
         raise _Ended(number)

@@ -8,13 +8,39 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
-from threading import Thread
+from threading import Lock, Thread
 from typing import TypeVar
 
 _POLL_SECONDS = 0.2
 
 A = TypeVar("A")
 B = TypeVar("B")
+
+
+class Latch:
+    """A flag that threads wait for, and that a signal cannot leave locked.
+
+    An exception that a signal raises inside ``Event.set`` can leave the lock in it held for ever;
+    who sets the flag again on the way out would wait for it.
+    """
+
+    def __init__(self) -> None:
+        """Begin unset."""
+        self.is_set = False
+        self._lock = Lock()
+        self._lock.acquire()  # until it is set
+
+    def set(self) -> None:
+        """Set it; twice is allowed."""
+        if not self.is_set:
+            self.is_set = True
+            self._lock.release()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until it is set, at most so long; tell whether it is."""
+        if self._lock.acquire(timeout=seconds):
+            self._lock.release()  # for others who wait
+        return self.is_set
 
 
 def in_parallel(function: Callable[[A], B], items: Iterable[A], n_threads: int) -> list[B]:

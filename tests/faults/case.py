@@ -22,7 +22,8 @@ class Case:
             sources (relative to that directory, which is the working directory) and options.
         refusal: Regular expression that is found in the one line of the error; None if the input
             must be averaged.
-        culprit: What the error must name: a file, or part of its path; the first source if None.
+        culprit: What the error must name: a file, or part of its path; the last source if None, and
+            no one file if empty.
         exit_code: Of a refusal: 1, or 2 for wrong usage.
         values: Of an average: tensor name -> its row-major values, for some or all tensors.
     """
@@ -43,7 +44,7 @@ class Case:
 
 
 def good_safetensors(*values: float) -> bytes:
-    """Return a whole safetensors file with one float32 tensor ``w``; of 1, 2, 3, 4 if none given."""
+    """Return a safetensors file with one float32 tensor ``w``; of 1, 2, 3, 4 if none are given."""
     import struct
 
     from hostile import entry, safetensors_bytes

@@ -46,6 +46,7 @@ class Finished:
         stdout: What it printed there.
         stderr: Likewise.
         seconds: How long it took.
+        cpu_seconds: How long it computed, alone or in the kernel.
         peak_rss_bytes: The most memory it had, with what it shares with others.
         trace: What strace wrote, one line a call; empty if it was not traced.
     """
@@ -54,6 +55,7 @@ class Finished:
     stdout: str
     stderr: str
     seconds: float
+    cpu_seconds: float
     peak_rss_bytes: int
     trace: Sequence[str] = ()
 
@@ -165,9 +167,11 @@ class Runner:
         process = int(self._answer()["process"])
         with self._traced(process, tracing, log):
             self._tell("go")
-            if meanwhile is not None:
-                meanwhile(process)
-            answer = self._answer()
+            try:
+                if meanwhile is not None:
+                    meanwhile(process)
+            finally:
+                answer = self._answer()
         found = [path.read_text() if path.exists() else "" for path in texts]
         trace = log.read_text(errors="replace").splitlines() if log.exists() else []
         for path in (*texts, log):

@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +66,12 @@ class Kind:
 KINDS = (
     Kind(name="single file"),
     Kind(name="sharded", options=("--max-shard-size", _SMALL_SHARDS), directories=True),
-    Kind(name="overwrite", options=("--overwrite",), directories=True, before=("--dtype", "bfloat16")),
+    Kind(
+        name="overwrite",
+        options=("--overwrite",),
+        directories=True,
+        before=("--dtype", "bfloat16"),
+    ),
     Kind(
         name="resume",
         options=("--max-shard-size", _SMALL_SHARDS),
@@ -156,12 +161,19 @@ class Scenario:
         relative = str(Path(path).relative_to(self.directory))
         return relative.replace(self.fingerprint, "{fingerprint}")
 
-    def run(self, runner: Runner, *, tracing: Tracing | None = None) -> Finished:
+    def run(
+        self,
+        runner: Runner,
+        *,
+        tracing: Tracing | None = None,
+        meanwhile: Callable[[int], None] | None = None,
+    ) -> Finished:
         """Run it."""
         return runner.run(
             self.arguments,
             self.directory,
             tracing=tracing,
+            meanwhile=meanwhile,
             block_nbytes=_BLOCK_NBYTES,
         )
 

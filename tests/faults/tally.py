@@ -16,7 +16,8 @@ CountCases = Callable[[int], None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--tally``."""
+    """Add the options."""
+    parser.addoption("--timed", action="store_true", help="also hold the clock to what is promised")
     parser.addoption("--tally", type=Path, help="write what every promise's tests did, as JSON")
 
 
@@ -31,6 +32,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def count_cases(record_property: Callable[[str, object], None]) -> CountCases:
     """Return what a test tells its number of cases."""
     return lambda number: record_property(_CASES, number)
+
+
+@pytest.fixture
+def is_timed(request: pytest.FixtureRequest) -> bool:
+    """Tell whether seconds are looked at: not on machines that do other things, such as CI's."""
+    return bool(request.config.getoption("--timed"))
 
 
 class _Tally:

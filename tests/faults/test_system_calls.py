@@ -5,28 +5,17 @@ left over. After an error the run says so in one line, and leaves things as they
 """
 
 import re
-import signal
-from collections import Counter
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from faults.runs import CAN_TRACE, WHY_NOT_TRACED, Finished, Runner, Runners, Tracing
+from faults.arena import CHANGING, READING, Arena, Point, with_fault
+from faults.runs import CAN_TRACE, WHY_NOT_TRACED, Finished, Runner, Runners
 from faults.scenarios import KINDS, Kind, Scenario
 from faults.tally import CountCases
 
 pytestmark = pytest.mark.skipif(not CAN_TRACE, reason=WHY_NOT_TRACED)
 
-CHANGING = (
-    "mkdir", "rmdir", "unlink", "unlinkat", "rename", "renameat2", "openat", "write", "pwrite64",
-    "fallocate", "ftruncate", "fsync", "fdatasync", "flock", "close",
-)  # fmt: skip
-READING = ("openat", "preadv2", "pread64", "read", "newfstatat", "getdents64", "statfs", "lseek")
-_CALL = re.compile(r"(?P<thread>\d+) +(?P<name>\w+)\((?P<rest>.*)")
-_HERE = re.compile(r"AT_FDCWD<[^>]*>")
-_PATH = re.compile(r'[<"](/[^">]*)[">]')
 _ERRORS = {
     "openat": ("EMFILE", "EACCES", "EIO"),
     "mkdir": ("ENOSPC", "EROFS"),
@@ -40,78 +29,10 @@ _ERRORS = {
 }
 _USUAL_ERRORS = ("EIO",)
 _TELLING = frozenset(
-    {"mkdir", "write", "pwrite64", "preadv2", "fallocate", "ftruncate", "fsync", "fdatasync", "rename",
-     "renameat2", "unlink", "unlinkat"}
+    {"mkdir", "write", "pwrite64", "preadv2", "fallocate", "ftruncate", "fsync", "fdatasync",
+     "rename", "renameat2", "unlink", "unlinkat"}
 )  # fmt: skip
 _LINE = re.compile(r"ckptavg: error: [^\n]+\n")
-
-
-class Point(NamedTuple):
-    """A call that a thread makes: what, on which path, which of them; whether it makes a file."""
-
-    call: str
-    path: str
-    when: int
-    creates: bool = False
-
-
-def points(scenario: Scenario, runner: Runner, calls: Sequence[str]) -> list[Point]:
-    """Return every call of a run that concerns a file in the scenario's directory."""
-    scenario.reset()
-    counts: Counter[tuple[str, str, str]] = Counter()
-    found: dict[Point, None] = {}
-    for line in scenario.run(runner, tracing=Tracing(calls=calls)).trace:
-        match = _CALL.match(line)
-        if match is None:
-            continue
-        for path in {*_PATH.findall(_HERE.sub("", match["rest"]))}:
-            if path.startswith(f"{scenario.directory}/") or path == str(scenario.directory):
-                one = match["thread"], match["name"], scenario.template(path)
-                counts[one] += 1
-                found[Point(*one[1:], counts[one], "O_CREAT" in match["rest"])] = None
-    return list(found)
-
-
-def with_fault(scenario: Scenario, runner: Runner, point: Point, fault: str) -> Finished | None:
-    """Run with a fault at a point; None if the run went another way and did not come by."""
-    scenario.reset()
-    tracing = Tracing(
-        calls=(point.call,), paths=(scenario.path(point.path),), fault=fault, when=point.when
-    )
-    finished = scenario.run(runner, tracing=tracing)
-    is_hit = finished.code == -signal.SIGKILL or any("(INJECTED)" in one for one in finished.trace)
-    return finished if is_hit else None
-
-
-class Arena:
-    """Every runner with a scenario of its own."""
-
-    def __init__(self, runners: Runners, directory: Path) -> None:
-        self._runners = runners
-        self._directory = directory
-        self._scenarios: dict[tuple[str, int], Scenario] = {}
-
-    def scenario(self, kind: Kind, runner: Runner) -> Scenario:
-        key = kind.name, id(runner)
-        if key not in self._scenarios:
-            place = self._directory / f"{kind.name.replace(' ', '-')}-{len(self._scenarios)}"
-            self._scenarios[key] = Scenario(kind, place, runner)
-        return self._scenarios[key]
-
-    def points(self, kind: Kind, calls: Sequence[str]) -> list[Point]:
-        with self._runners.one() as runner:
-            return points(self.scenario(kind, runner), runner, calls)
-
-
-@pytest.fixture(scope="module")
-def runners() -> Iterator[Runners]:
-    with Runners() as runners:
-        yield runners
-
-
-@pytest.fixture(scope="module")
-def arena(runners: Runners, tmp_path_factory: pytest.TempPathFactory) -> Arena:
-    return Arena(runners, tmp_path_factory.mktemp("arena"))
 
 
 @pytest.mark.promise(5)
