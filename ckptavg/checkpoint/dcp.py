@@ -15,7 +15,7 @@ from ckptavg.checkpoint.folder import Folder
 from ckptavg.checkpoint.limits import MAX_DCP_METADATA_BYTES
 from ckptavg.checkpoint.pickle_values import Pairs, Storage, TensorView
 from ckptavg.checkpoint.safetensors import SafetensorsHeader, read_header
-from ckptavg.checkpoint.sharded import AnyPlace, Part, Place, assembled
+from ckptavg.checkpoint.sharded import AnyPlace, Part, Place, assembled, check_cover
 from ckptavg.checkpoint.state_dict import (
     EPOCH_KEYS,
     STEP_KEYS,
@@ -89,6 +89,7 @@ class _Files:
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
         self.opened: dict[str, ReadableFile] = {}
+        self._taken: set[tuple[str, int]] = set()
         self._headers: dict[str, tuple[SafetensorsHeader, dict[str, tuple[int, ...]]] | None] = {}
 
     def open(self, stored: StoredPart) -> _Range:
@@ -136,6 +137,13 @@ class _Files:
             known = header.tensors.get(name) if offsets.get(name) == first else None
             place = Place(found.file, header.offsets.get(name, 0))
         else:
+            where = stored.file_name, stored.offset
+            if where in self._taken:
+                raise CheckpointError(
+                    f"{self._folder.label}: tensor '{name}' has a part in the same place as "
+                    f"another one, byte {stored.offset} of {stored.file_name}"
+                )
+            self._taken.add(where)
             archive = TorchZip(found)
             view = archive.root
             if type(view) is TensorView:
@@ -255,7 +263,13 @@ def _placed(
     """Find the parts of every tensor; ``names`` are the model's -> the metadata's."""
     wanted = []
     for name, saved_name in names.items():
-        for first, shape in metadata.saved[saved_name].parts:
+        saved = metadata.saved[saved_name]
+        if saved.dtype is not None:  # before any part is looked at: there may be many
+            whole = TensorInfo(saved.dtype, saved.shape)
+            cover = [(first, shape) for first, shape in saved.parts if 0 not in shape]
+            if cover or whole.numel:
+                check_cover(whole, cover, f"{label}: tensor '{name}'")
+        for first, shape in saved.parts:
             if 0 in shape:
                 continue
             stored = metadata.stored.get(part_key(saved_name, first))

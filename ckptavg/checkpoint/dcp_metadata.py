@@ -61,21 +61,28 @@ class DcpMetadata:
         root = read_pickle(raw, label, DCP_LIMITS)
         if type(root) is not Inert or root.name not in _ROOTS:
             raise self._damaged("it does not hold checkpoint metadata")
+        saved = self._pairs(root, "state_dict_metadata").items
         self.saved = {
-            self._text(name): self._saved(self._text(name), value)
-            for name, value in self._pairs(root, "state_dict_metadata").items
+            self._text(name): self._saved(self._text(name), value) for name, value in saved
         }
+        if len(self.saved) != len(saved):
+            raise self._damaged("it describes an entry twice")
         self.paths: dict[str, tuple[str, ...]] = {}
         planned = _field(root, "planner_data")
         if type(planned) is Pairs:
             for name, path in planned.string_items():
+                if name in self.paths:
+                    raise self._damaged(f"it places '{name}' twice")
                 if type(path) is tuple and 0 < len(path) <= _MAX_DEPTH:
                     self.paths[name] = tuple(map(self._key, path))
         self.stored: dict[tuple[str, str], StoredPart] = {}
         for index, info in self._pairs(root, "storage_data").items:
             offset = _field(index, "offset")
             first = () if offset is None else self._numbers(offset)
-            self.stored[part_key(self._text(_field(index, "fqn")), first)] = self._stored(info)
+            key, stored = part_key(self._text(_field(index, "fqn")), first), self._stored(info)
+            if key in self.stored:
+                raise self._damaged(f"a part of '{key[0]}' is stored twice")
+            self.stored[key] = stored
 
     def _saved(self, name: str, value: Any) -> SavedEntry:
         if type(value) is not Inert:

@@ -107,12 +107,8 @@ def assembled(info: TensorInfo, parts: Sequence[Part], what: str) -> AnyPlace:
     Raises:
         CheckpointError: If the parts do not cover the tensor, each element once.
     """
-    if len(parts) > MAX_PARTS:
-        raise CheckpointError(f"{what} is saved in {len(parts)} parts, at most {MAX_PARTS} work")
-    if info.dtype.bits % 8:
-        raise CheckpointError(f"{what} is of {info.dtype}, whose elements are no whole bytes")
     parts = sorted((part for part in parts if prod(part.shape)), key=lambda part: part.first)
-    _check_cover(info, parts, what)
+    check_cover(info, [(part.first, part.shape) for part in parts], what)
     if not parts:
         raise AssertionError("the caller places empty tensors")
     if len(parts) == 1:
@@ -127,40 +123,53 @@ def _is_run(whole: tuple[int, ...], part: tuple[int, ...]) -> bool:
     return is_row_major(part, row_major_strides(whole))
 
 
-def _check_cover(info: TensorInfo, parts: Sequence[Part], what: str) -> None:
-    """Check that parts cover a tensor without overlap: on the grid that their edges draw."""
-    for part in parts:
-        if not len(part.first) == len(part.shape) == len(info.shape) or any(
+def check_cover(
+    info: TensorInfo, parts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], what: str
+) -> None:
+    """Check that parts cover a tensor without overlap: on the grid that their edges draw.
+
+    Args:
+        info: Of the whole tensor.
+        parts: The index of the first element, and the shape, of each that is not empty.
+        what: What messages call the tensor: the checkpoint and its name.
+
+    Raises:
+        CheckpointError: If they do not.
+    """
+    if len(parts) > MAX_PARTS:
+        raise CheckpointError(f"{what} is saved in {len(parts)} parts, at most {MAX_PARTS} work")
+    if info.dtype.bits % 8:
+        raise CheckpointError(f"{what} is of {info.dtype}, whose elements are no whole bytes")
+    for first, shape in parts:
+        if not len(first) == len(shape) == len(info.shape) or any(
             begin < 0 or begin + size > whole
-            for begin, size, whole in zip(part.first, part.shape, info.shape, strict=True)
+            for begin, size, whole in zip(first, shape, info.shape, strict=True)
         ):
             raise CheckpointError(
-                f"{what} of shape {list(info.shape)} has a part of shape {list(part.shape)} at "
-                f"{list(part.first)}, which lies outside it"
+                f"{what} of shape {list(info.shape)} has a part of shape {list(shape)} at "
+                f"{list(first)}, which lies outside it"
             )
     cells: list[tuple[int, dict[int, int]]] = []  # axes that are cut: edge -> its number
     for axis in range(len(info.shape)):
-        edges = {part.first[axis] for part in parts}
-        edges |= {part.first[axis] + part.shape[axis] for part in parts}
+        edges = {first[axis] for first, _ in parts}
+        edges |= {first[axis] + shape[axis] for first, shape in parts}
         if len(edges) > 2:  # numpy has fewer axes than a tensor may have
             cells.append((axis, {edge: number for number, edge in enumerate(sorted(edges))}))
     sizes = [len(numbers) - 1 for _, numbers in cells]
     if prod(sizes) > _MAX_CELLS:
         raise CheckpointError(f"{what} is saved in {len(parts)} parts that form no grid")
     covered = np.zeros((*sizes, 1), dtype=bool)
-    for part in parts:
+    for first, shape in parts:
         inside = covered[
             tuple(
-                slice(numbers[part.first[axis]], numbers[part.first[axis] + part.shape[axis]])
+                slice(numbers[first[axis]], numbers[first[axis] + shape[axis]])
                 for axis, numbers in cells
             )
         ]
         if inside.any():
-            raise CheckpointError(
-                f"{what} has parts that overlap, one of them at {list(part.first)}"
-            )
+            raise CheckpointError(f"{what} has parts that overlap, one of them at {list(first)}")
         inside[...] = True
-    found = sum(prod(part.shape) for part in parts)
+    found = sum(prod(shape) for _, shape in parts)
     if found != info.numel:
         raise IncompleteCheckpointError(
             f"{what} has {info.numel} elements, but its parts hold {found}: a file of the "

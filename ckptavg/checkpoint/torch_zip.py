@@ -11,6 +11,8 @@ from ckptavg.checkpoint.pickles import read_pickle
 from ckptavg.checkpoint.zip_directory import Member, ZipDirectory
 from ckptavg.errors import CheckpointError
 
+_MAX_VERSION = 10  # what torch reads
+
 
 class TorchZip:
     """What ``torch.save`` writes since torch 1.6.
@@ -29,6 +31,8 @@ class TorchZip:
         self._directory = ZipDirectory(file)
         self._data_offsets: dict[str, int] = {}
         members = self._directory.members
+        if self._directory.start:
+            raise self._refuse("has bytes before the first member of its zip archive")
         pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
             raise self._refuse(
@@ -42,6 +46,13 @@ class TorchZip:
                 "is a TorchScript archive, which is a program; save its state_dict() "
                 "with torch.save and average that"
             )
+        outside = next((name for name in members if not name.startswith(self._top)), None)
+        if outside is not None:
+            raise self._refuse(f"its zip archive holds '{outside}' outside {self._top}")
+        version = members.get(f"{self._top}version")
+        told = b"" if version is None else self._read(version, 64).strip()
+        if not (told.isdigit() and 1 <= int(told) <= _MAX_VERSION):
+            raise self._refuse("tells no version of torch files that is known")
         byteorder = members.get(f"{self._top}byteorder")
         if byteorder is not None and self._read(byteorder, 64) != b"little":
             raise self._refuse("was written on a big-endian machine")

@@ -23,8 +23,8 @@ _ZIP64_END = struct.Struct("<4sQHHIIQQQQ")
 _ENTRY = struct.Struct("<4sHHHHHHIIIHHHHHII")
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _MAX_COMMENT_BYTES = 65_535
-_ENCRYPTED_FLAG = 0x1
 _DESCRIPTOR_FLAG = 0x8
+_KNOWN_FLAGS = _DESCRIPTOR_FLAG | 0x800  # names in UTF-8; others are encryption, patches, ...
 _DIRECTORY_ATTRIBUTE = 0x10  # of MS-DOS; torch reads such a member as nothing
 _DESCRIPTOR_BYTES = (16, 24)  # signature, CRC-32 and both sizes, of 4 or 8 bytes each
 _ZIP64_EXTRA = 0x0001
@@ -65,8 +65,12 @@ class ZipDirectory:
         """
         refusal = f"the zip archive's member '{member.name}'"
         raw = self._file.read(member.header_offset, _LOCAL.size)
-        signature, _, flags, method, _, _, _, _, _, name_bytes, extra_bytes = _LOCAL.unpack(raw)
-        if signature != b"PK\x03\x04" or method != 0 or flags & _ENCRYPTED_FLAG:
+        signature, _, flags, method, _, _, crc32, stored, size, name_bytes, extra_bytes = (
+            _LOCAL.unpack(raw)
+        )
+        told = (crc32, stored, size) == (member.crc32, member.nbytes, member.nbytes)
+        is_elsewhere = flags & _DESCRIPTOR_FLAG or 0xFFFFFFFF in (stored, size)
+        if signature != b"PK\x03\x04" or method != 0 or flags & ~_KNOWN_FLAGS:
             raise self._refuse(f"{refusal} has a damaged header")
         name = member.name.encode("utf-8")  # a stated length may lead anywhere
         if name_bytes != len(name) or name != self._file.read(
@@ -85,7 +89,14 @@ class ZipDirectory:
             is_tight = gap == 0
         if not is_tight:
             raise self._refuse(f"{refusal} does not end where the next one begins")
+        if not (told or is_elsewhere):
+            raise self._refuse(f"{refusal} has another size or CRC-32 in its own header")
         return start
+
+    @property
+    def start(self) -> int:
+        """Where the first member begins."""
+        return self._header_offsets[0] if self._header_offsets else 0
 
     def prefetch_headers(self, members: Iterable[Member]) -> None:
         """Have the headers read at once of members whose ``data_offset`` will be asked for."""
@@ -177,7 +188,7 @@ class ZipDirectory:
                 raw[name_end:extra_end], size, stored, offset, name
             )
             position = extra_end + comment_bytes
-            if method != 0 or flags & _ENCRYPTED_FLAG or stored != size:
+            if method != 0 or flags & ~_KNOWN_FLAGS or stored != size:
                 hint = ", which torch.save never does"
                 if "/code/" in name:
                     hint += (

@@ -54,12 +54,12 @@ def good_safetensors(*values: float) -> bytes:
     return safetensors_bytes({"w": entry("F32", [len(numbers)], 0, len(data))}, data)
 
 
-def alone(content: bytes, filename: str = "bad.safetensors") -> Build:
+def alone(content: bytes, filename: str = "bad.safetensors", *options: str) -> Build:
     """Return what builds a good checkpoint, and a second one with this content."""
 
     def build(directory: Path) -> Sequence[str]:
         (directory / "good.safetensors").write_bytes(good_safetensors())
         (directory / filename).write_bytes(content)
-        return ["good.safetensors", filename]
+        return ["good.safetensors", filename, *options]
 
     return build
