@@ -16,7 +16,8 @@ _BEGINNING_BYTES = 1024
 def is_report(path: Path) -> bool:
     """Tell whether a file is a page that ckptavg wrote; False where it cannot be read."""
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):  # a link may lead anywhere
+        # a link may lead anywhere
+        if path.suffix != ".html" or not stat.S_ISREG(path.lstat().st_mode):
             return False
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:

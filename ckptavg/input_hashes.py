@@ -5,11 +5,12 @@ from threading import Thread
 from types import TracebackType
 from typing import Self
 
-from ckptavg.checkpoint.digests import FileDigest
+from ckptavg.checkpoint.digests import BUFFER_NBYTES, FileDigest
 from ckptavg.hub.threads import Latch
 
 _STEP_NBYTES = 8 * 2**20
-_MIB = 2**20
+_MAX_THREADS = 4
+HASHING_NBYTES = _MAX_THREADS * BUFFER_NBYTES  # what they hold
 _PAUSE_SECONDS = 0.02
 
 
@@ -23,15 +24,10 @@ class InputHashes:
         found: Path of each file -> its digest, once ``finish`` has returned.
     """
 
-    def __init__(self, digests: Sequence[FileDigest], n_threads: int) -> None:
-        """Prepare; nothing is read before the context is entered.
-
-        Args:
-            digests: Of the files.
-            n_threads: How many threads read and hash.
-        """
+    def __init__(self, digests: Sequence[FileDigest]) -> None:
+        """Prepare; nothing is read before the context is entered."""
         self.found: dict[str, str] = {}
-        self._shares = [digests[number::n_threads] for number in range(n_threads)]
+        self._shares = [digests[number::_MAX_THREADS] for number in range(_MAX_THREADS)]
         self._done = 0.0
         self._is_over = Latch()
         self._is_given_up = False
@@ -74,7 +70,7 @@ class InputHashes:
         return self.found
 
     def _work(self, share: Sequence[FileDigest]) -> None:
-        buffer = memoryview(bytearray(_MIB))
+        buffer = memoryview(bytearray(BUFFER_NBYTES))
         try:
             while not self._is_over.wait(_PAUSE_SECONDS):
                 self._catch_up(share, self._done, buffer)

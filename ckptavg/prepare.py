@@ -21,6 +21,7 @@ from ckptavg.derive import refuse_too_large
 from ckptavg.destination import check_destination
 from ckptavg.errors import MemoryBudgetError, SourceError, UsageError
 from ckptavg.gathering import open_source
+from ckptavg.input_hashes import HASHING_NBYTES
 from ckptavg.opening import fetched_notes, opened_in_order, telling_what_was_fetched
 from ckptavg.plan import AveragePlan, check_format, plan_average
 from ckptavg.processes import Processes
@@ -170,6 +171,7 @@ def prepared_average(
             memory_budget_bytes=memory_budget_bytes,
             n_threads=n_threads,
             local_size=processes.local_size,
+            hashes=any(one.digests(all_files=checksum) for one in checkpoints),
         )
         check_destination(
             Path(output),
@@ -247,8 +249,9 @@ def workspace_for(
     memory_budget_bytes: int,
     n_threads: int | None,
     local_size: int,
+    hashes: bool = False,
 ) -> Workspace:
-    """Share the memory between what is read ahead from the Hub and the engine."""
+    """Share the memory between what is read ahead from the Hub, hashing, and the engine."""
     streamed = [
         max((stamp.size for stamp in plan.files[index] if stamp.digest), default=0)
         for index in plan.used_checkpoints
@@ -260,6 +263,8 @@ def workspace_for(
         reading_nbytes = hub.connection.fit(most, n_streams, max(streamed))
         if n_threads is None:
             n_threads = 1 if device == "cpu" else min(n_streams, _MAX_STREAM_READERS)
+    if hashes:
+        reading_nbytes += HASHING_NBYTES
     refuse_too_large(plan, memory_budget_bytes, reading_nbytes)
     try:
         workspace = size_workspace(

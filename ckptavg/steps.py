@@ -107,14 +107,14 @@ def average_together(
     report = stage_of(progress, "average", plan.read_nbytes_of(blocks) + derived_nbytes)
     gram = gram_table(plan)
 
-    hashes = InputHashes(_digests(processes, prepared), prepared.workspace.n_threads)
-    total = max(plan.read_nbytes_of(blocks), 1)
+    hashes = InputHashes(_digests(processes, prepared))
+    total = max(plan.read_nbytes_of(blocks) + derived_nbytes, 1)
     n_done = 0
 
     def advance(done: int) -> None:
         nonlocal n_done
         n_done += done
-        hashes.follow(n_done / total)
+        hashes.follow(min(n_done / total, 1.0))
         report(done)
         processes.look_out()
 

@@ -1,7 +1,6 @@
 """Whether an output is still what its provenance says: its files, its sources, its bits."""
 
 import os
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -11,7 +10,7 @@ from ckptavg._version import __version__
 from ckptavg.average.work import usable_cpus
 from ckptavg.checkpoint.digests import SHA256
 from ckptavg.checkpoint.files import PositionalFile
-from ckptavg.checkpoint.folder import PROVENANCE_NAME, read_local_json
+from ckptavg.checkpoint.folder import PROVENANCE_NAME, WEIGHT_SUFFIXES, read_local_json
 from ckptavg.checkpoint.formats import open_file
 from ckptavg.directories import files_below
 from ckptavg.errors import (
@@ -37,7 +36,6 @@ SourceState = Literal["unchanged", "changed", "missing", "not checked"]
 
 
 _REWRITTEN = "was written again since it was read"
-_WEIGHTS = re.compile(r"\.(safetensors|pt|bin)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +128,7 @@ def verify_output(
             device=device,
             shows_progress=shows_progress,
         )
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise VerificationError(
             f"{output}: its {PROVENANCE_NAME} makes no sense: it was changed by hand, or is of "
             "another version"
@@ -195,7 +193,9 @@ def _verified(
     made = {*told["output"]["shards"], *told["output"]["side_files"]}
     problems += [
         f"{name} is not vouched for: {PROVENANCE_NAME} lists no hash of it"
-        for name in sorted(made - names | {one for one in unlisted if _WEIGHTS.search(one)})
+        for name in sorted(
+            made - names | {one for one in unlisted if one.endswith(WEIGHT_SUFFIXES)}
+        )
     ]
     if unlisted:
         notes.append(f"not written by ckptavg: {', '.join(unlisted)}")

@@ -629,6 +629,7 @@ def test_synchronised_layers_run_alone_inside_a_process_group() -> None:
 
 @pytest.mark.usefixtures("gloo")
 @pytest.mark.parametrize("fails", [True, False])
+@pytest.mark.promise(14)
 def test_the_forward_of_synchronised_layers_is_restored(fails: bool) -> None:
     plain, patched = nn.SyncBatchNorm(N_CHANNELS), nn.SyncBatchNorm(N_CHANNELS)
     own = functools.partial(nn.SyncBatchNorm.forward, patched)
@@ -1087,6 +1088,7 @@ def test_a_seed_is_for_the_random_numbers_of_python_numpy_and_torch() -> None:
 
 @pytest.mark.parametrize("seed", [None, 0, 7, 2**64 - 1])
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+@pytest.mark.promise(14)
 def test_random_states_are_restored(seed: int | None, error: type[BaseException] | None) -> None:
     def loader() -> Iterator[Tensor]:
         for part in split(samples(), 32):
@@ -1263,6 +1265,7 @@ def test_data_that_drifts_does_not_stop_a_pass() -> None:
 
 
 @pytest.mark.parametrize("n_batch", [1, 3])
+@pytest.mark.promise(14)
 def test_running_out_of_memory_names_the_batch_and_leaves_the_model_as_before(
     n_batch: int,
 ) -> None:
@@ -1451,6 +1454,7 @@ def test_a_loader_that_uses_the_memory_of_a_batch_again_is_not_joined_to_itself(
     assert snapshot(model) == before
 
 
+@pytest.mark.promise(14)
 def test_buffers_that_cannot_be_written_do_not_keep_others_from_being_restored() -> None:
     model = used_net()
     model.register_buffer("mask", torch.zeros(1).expand(4))

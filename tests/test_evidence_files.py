@@ -49,6 +49,7 @@ def test_names_that_are_no_text_can_be_written() -> None:
     assert b"\\udcff" in data_files("path", {}, [["run-\udcff"]])["path.csv"]
 
 
+@pytest.mark.promise(11)
 def test_evidence_says_what_it_is_and_hides_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "my-secret-token")
     found = evidence(

@@ -223,6 +223,7 @@ def test_cuda_gives_the_bits_of_the_cpu(
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("count", [2, 3, 7, 10])
+@pytest.mark.promise(12)
 def test_equal_checkpoints_come_back_bit_for_bit(
     tmp_path: Path, device: str, dtype: torch.dtype, count: int
 ) -> None:
@@ -241,6 +242,7 @@ def test_equal_checkpoints_come_back_bit_for_bit(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("accumulate", ["auto", "float32", "float64"])
+@pytest.mark.promise(12)
 def test_equal_checkpoints_come_back_with_any_coefficients_and_sums(
     tmp_path: Path, device: str, dtype: torch.dtype, accumulate: str
 ) -> None:

@@ -272,6 +272,7 @@ def test_own_text_comes_last() -> None:
     assert card.endswith("\n\n## Mine\n")
 
 
+@pytest.mark.promise(11)
 def test_the_command_is_shown_without_a_token(
     hub: LoopbackHub, steps: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

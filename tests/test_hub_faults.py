@@ -22,6 +22,8 @@ from ckptavg import average_checkpoints
 from ckptavg.hub import catalog, read_ahead, transport
 from ckptavg.hub.remote_file import HubFile
 
+pytestmark = pytest.mark.promise(10)
+
 EVER = 10**6
 SOURCES = f"{REPO}@step*"
 SHIFTED = "sends bytes 1 to 8191 of {size}, asked for were 0 to 8191 of {size}"

@@ -376,6 +376,7 @@ def test_only_a_model_that_was_made_here_is_pushed(
         Fault(COMMIT, status=400, headers={"X-Error-Message": f"Bearer {CANARY} is bad"}),
     ],
 )
+@pytest.mark.promise(11)
 def test_the_token_appears_nowhere(
     tmp_path: Path, fault: Fault | None, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -206,6 +206,7 @@ def private(
 
 
 @pytest.mark.parametrize("options", [[], ["--cache"]], ids=["streamed", "cached"])
+@pytest.mark.promise(11)
 def test_the_token_is_in_no_output(
     private: LoopbackHub, tmp_path: Path, options: list[str],
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
@@ -231,6 +232,7 @@ def test_the_token_is_in_no_output(
     ],
     ids=["401", "403", "404", "500", "html", "reset", "echo"],
 )  # fmt: skip
+@pytest.mark.promise(11)
 def test_the_token_is_in_no_error(
     private: LoopbackHub, tmp_path: Path, trouble: dict[str, Any],
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,

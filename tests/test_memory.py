@@ -108,6 +108,7 @@ EIGHT = [
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.promise(9)
 def test_memory_stays_within_the_budget_and_does_not_grow_with_checkpoints(
     checkpoints: dict[str, list[Path]], tmp_path: Path
 ) -> None:
@@ -123,6 +124,7 @@ def test_memory_stays_within_the_budget_and_does_not_grow_with_checkpoints(
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.promise(9)
 def test_a_torch_file_is_written_within_the_same_budget(
     checkpoints: dict[str, list[Path]], tmp_path: Path
 ) -> None:
@@ -136,6 +138,7 @@ def test_a_torch_file_is_written_within_the_same_budget(
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.promise(9)
 def test_sharded_tensors_are_averaged_within_the_budget(tmp_path: Path, axis: int) -> None:
     """torch puts the whole model together in memory first."""
     paths = []
@@ -148,6 +151,7 @@ def test_sharded_tensors_are_averaged_within_the_budget(tmp_path: Path, axis: in
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.promise(9)
 def test_channels_last_weights_are_read_within_the_budget(tmp_path: Path) -> None:
     weight = torch.randn(512, 512, 7, 7).contiguous(memory_format=torch.channels_last)  # 51 MB
     transposed = torch.randn(3000, 4000).t()  # 48 MB
@@ -161,6 +165,7 @@ def test_channels_last_weights_are_read_within_the_budget(tmp_path: Path) -> Non
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("schemes", [["uniform"], EIGHT], ids=["one average", "eight"])
+@pytest.mark.promise(9)
 def test_the_plan_tells_the_memory_that_a_run_takes(
     checkpoints: dict[str, list[Path]], tmp_path: Path, schemes: list[str], device: str
 ) -> None:
@@ -207,6 +212,7 @@ NOISE = ["mean(n)", *(f"noisy(mean(n), sample={sample})" for sample in range(5))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("rows", [ORDER, NOISE], ids=["order statistics", "noise"])
+@pytest.mark.promise(9)
 def test_statistics_of_24_checkpoints_are_taken_within_the_budget(
     checkpoints: dict[str, list[Path]], tmp_path: Path, rows: list[str]
 ) -> None:
@@ -237,6 +243,7 @@ def test_the_plan_tells_the_memory_that_statistics_take(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.promise(9)
 def test_device_memory_stays_within_what_the_plan_says(
     checkpoints: dict[str, list[Path]], tmp_path: Path
 ) -> None:

@@ -411,6 +411,7 @@ def test_nothing_but_a_recipe_is_replaced_and_only_when_asked(
     assert "no/folder.toml: the recipe cannot be written: no such file or directory" in err
 
 
+@pytest.mark.promise(11)
 def test_tokens_never_end_up_in_a_recipe(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -238,6 +238,7 @@ def test_what_a_script_defines_is_an_obstacle(monkeypatch: pytest.MonkeyPatch) -
     )
 
 
+@pytest.mark.promise(11)
 def test_tokens_are_blanked_out_and_told(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "own-secret")
     Path("own-secret").symlink_to("step-1.pt")

@@ -367,6 +367,7 @@ def test_hostile_searches_are_text_too(tmp_path: Path) -> None:
     assert SHOWN in text
 
 
+@pytest.mark.promise(11)
 def test_tokens_are_blanked_out(swa: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     token = "hf_" + "Ab1" * 10
     monkeypatch.setenv("HF_TOKEN", "another-secret")

@@ -252,6 +252,7 @@ def _add_facts_beside(checkpoint: StoredCheckpoint, folder: Folder) -> None:
             with suppress(CheckpointError):  # it is not needed, and Megatron's may name its code
                 file = folder.open(name, f"{folder.label}/{name}")
                 try:
+                    file.verify()
                     add_training_facts(checkpoint, file, TorchZip(file))
                 finally:
                     file.close()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SHA256 = "sha256"
 _GIT = "git-sha1"
-_BUFFER_NBYTES = 2**20
+BUFFER_NBYTES = 2**18
 _ZIP = b"PK\x03\x04"
 
 
@@ -67,8 +67,11 @@ class FileDigest:
         """
         if self._regions is None:
             self._regions = deque(_checked_regions(self.file))
-        buffer = memoryview(bytearray(_BUFFER_NBYTES)) if buffer is None else buffer
-        stop = min(stop, self.file.size if at_most is None else at_most)
+        buffer = memoryview(bytearray(BUFFER_NBYTES)) if buffer is None else buffer
+        if self.file.digest:  # it is known
+            self.position = self.file.size
+            return
+        stop = min(stop, self.file.size, self.file.size if at_most is None else at_most)
         while self.position < stop:
             content = buffer[: min(len(buffer), stop - self.position)]
             self.file.read_into(self.position, [content])
@@ -82,6 +85,8 @@ class FileDigest:
         Raises:
             CheckpointError: As ``advance`` does.
         """
+        if self.file.digest:
+            return self.file.digest
         self.advance(self.file.size)
         return f"{self._kind}:{self._hash.hexdigest()}"
 
@@ -109,17 +114,15 @@ def _checked_regions(file: "PositionalFile") -> list[_Region]:
     Raises:
         CheckpointError: If its directory is damaged.
     """
-    if file.size < len(_ZIP) or file.read(0, len(_ZIP)) != _ZIP or not _is_one_zip(file):
+    if file.size < len(_ZIP) or file.read(0, len(_ZIP)) != _ZIP:
         return []
-    directory = ZipDirectory(file)
+    try:
+        directory = ZipDirectory(file)
+    except CheckpointError:  # it was opened: several in one file, as in distributed checkpoints
+        return []
     found = []
     for member in directory.members.values():
         if member.crc32 and member.nbytes:
             start = directory.data_offset(member)
             found.append(_Region(start, start + member.nbytes, member.crc32, member.name))
     return sorted(found)
-
-
-def _is_one_zip(file: "PositionalFile") -> bool:
-    """Tell whether a file is a torch or numpy file; parts of distributed ones hold many."""
-    return not file.path.endswith(".distcp")

@@ -70,7 +70,7 @@ class PositionalFile:
         self.path = os.fspath(path)
         self.label = label
         self.expected_digest = expected_digest
-        self._digest = ""
+        self.digest = ""  # of the whole, once it is known
         self._descriptor = -1
         try:
             # O_NONBLOCK: a FIFO must fail the check for a regular file, not wait for a writer
@@ -135,7 +135,7 @@ class PositionalFile:
 
     def note_digest(self, digest: str) -> None:
         """Hear what the whole file was found to be, by who read all of it."""
-        self._digest = digest
+        self.digest = digest
 
     def verify(self) -> None:
         """Compare the content with the digest that was expected, if any was.
@@ -145,11 +145,11 @@ class PositionalFile:
         """
         if not self.expected_digest:
             return
-        self._digest = self._digest or FileDigest(self).finish()
-        if self._digest != self.expected_digest:
+        self.digest = self.digest or FileDigest(self).finish()
+        if self.digest != self.expected_digest:
             raise CheckpointError(
-                f"{self.label}: has {self._digest}, expected {self.expected_digest}: its copy in "
-                f"the cache is damaged; remove it ({self.path})"
+                f"{self.label}: has {self.digest}, expected {self.expected_digest}: its copy in "
+                f"the cache is damaged; remove it ({os.path.realpath(self.path)})"
             )
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Which format one file has, told by its first bytes, never by its name."""
 
 from ckptavg.checkpoint.dcp_safetensors import refuse_part
-from ckptavg.checkpoint.files import ReadableFile
+from ckptavg.checkpoint.files import PositionalFile, ReadableFile
 from ckptavg.checkpoint.foreign import foreign_format
 from ckptavg.checkpoint.npz_file import is_npz, open_npz_file
 from ckptavg.checkpoint.safetensors import read_header
@@ -36,6 +36,13 @@ def open_file(file: ReadableFile, *, state_key: str | None) -> StoredCheckpoint:
                 f"{file.label}: --state-key is for torch files, this is a {what} file"
             )
         return open_safetensors_file(file) if is_safetensors else open_npz_file(file)
+    except CheckpointError:
+        try:
+            if isinstance(file, PositionalFile):  # a copy whose source tells what it must be
+                file.verify()
+        finally:
+            file.close()
+        raise
     except BaseException:
         file.close()
         raise

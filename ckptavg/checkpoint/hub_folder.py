@@ -161,5 +161,9 @@ def open_hub_file(
     """Open one file: its copy in the cache, or else the one on the Hub."""
     cached = connection.cached_file(found, path, entry, label)
     if cached is not None:
-        return PositionalFile(cached, label, connection.digest_of(cached, entry))
+        digest = connection.digest_of(cached, entry)
+        file = PositionalFile(cached, label, digest)
+        if connection.was_checked(cached):
+            file.note_digest(digest)
+        return file
     return connection.open_file(found, path, entry, label)

@@ -74,6 +74,7 @@ def read_scheduler_file(folder: Folder) -> SchedulerState | None:
             continue
         try:
             if not is_legacy(file.read(0, min(file.size, 512))):
+                file.verify()
                 return _state(TorchZip(file).root)
         except CheckpointError:  # it is not needed
             continue

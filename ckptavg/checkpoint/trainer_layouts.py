@@ -214,7 +214,9 @@ def _latest(folder: Folder) -> str | None:
         return None
     file = folder.open("latest", f"{folder.label}/latest")
     try:
-        return file.read(0, file.size).decode("utf-8", "replace").strip()
+        told = file.read(0, file.size).decode("utf-8", "replace").strip()
+        file.verify()
+        return told
     finally:
         file.close()
 

@@ -103,9 +103,11 @@ class HubConnection:
 
         Offline the name of the copy tells: huggingface_hub calls it by its hash.
         """
-        if cached in self._checked:
-            return ""
         return entry.digest or catalog.digest_by_name(cached)
+
+    def was_checked(self, cached: Path) -> bool:
+        """Tell whether a copy was compared with its digest when it arrived."""
+        return cached in self._checked
 
     def map(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
         """Call a function for each item, several at once, and return what they give in order."""

@@ -6,6 +6,7 @@ signal handlers, standard streams, limits, exit code. See ``faults.runs``, which
 """
 
 import contextlib
+import importlib
 import json
 import os
 import resource
@@ -28,6 +29,8 @@ def main() -> None:
     """Load ckptavg by running it once with this process's arguments, then answer requests."""
     from ckptavg.cli import run
 
+    for name in filter(None, os.environ["FAULTS_LOADS"].split(",")):
+        importlib.import_module(name)
     answers = os.dup(1)  # what a command prints goes elsewhere
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if run(sys.argv[1:]) != 0:

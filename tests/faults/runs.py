@@ -91,8 +91,12 @@ class Tracing:
 class Runner:
     """Runs command lines one after the other, each in a fresh process; a context manager."""
 
-    def __init__(self) -> None:
-        """Start what forks them."""
+    def __init__(self, *, loads: Sequence[str] = ()) -> None:
+        """Start what forks them.
+
+        Args:
+            loads: Modules that it loads beforehand, such as ``torch.distributed``.
+        """
         self._directory = Path(tempfile.mkdtemp(prefix="ckptavg-faults-"))
         source = self._directory / "one.safetensors"
         source.write_bytes(good_safetensors())
@@ -103,7 +107,12 @@ class Runner:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=_TESTS,
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(_TESTS)},
+            env={
+                **os.environ,
+                "OPENBLAS_NUM_THREADS": "1",
+                "PYTHONPATH": str(_TESTS),
+                "FAULTS_LOADS": ",".join(loads),
+            },
         )
         self._number = 0
         self._answer()

@@ -91,27 +91,20 @@ class Scenario:
         fingerprint: Of the plan, which is part of names.
     """
 
+    output = OUTPUT  # as it is typed
+
     def __init__(self, kind: Kind, directory: Path, runner: Runner) -> None:
         """Lay the inputs, and run once without faults."""
         self.kind = kind
         self.directory = directory
         self._inputs = directory / "inputs"
-        self._inputs.mkdir(parents=True)
-        sources = []
-        for number in range(2):
-            path = self._inputs / f"step-{number + 1}"
-            if kind.directories:
-                write_model(path, number)
-            else:
-                path = path.with_suffix(".safetensors")
-                path.write_bytes(checkpoint_bytes(number))
-            sources.append(str(path))
-        self.arguments = ["average", *sources, "-o", OUTPUT, "--io-threads", "1", *kind.options]
+        sources = self.lay_inputs()
+        self.arguments = ["average", *sources, "-o", self.output, "--io-threads", "1", *kind.options]
         self._initial = directory.with_name(f"{directory.name}-initial")
         self._initial.mkdir()
         self.fingerprint = ""
         self._lay_before(runner, sources)
-        trace = self.run(runner, tracing=Tracing(calls=("mkdir",))).trace
+        trace = self.run(runner, tracing=Tracing(calls=("mkdir", "openat"))).trace
         self.whole = summary(directory / OUTPUT)
         self.fingerprint = next(
             line.partition(f"{OUTPUT}.partial-")[2][:16] for line in trace if ".partial-" in line
@@ -130,6 +123,20 @@ class Scenario:
         self.left_before = self.left_over()
         self.inputs = summary(self._inputs)
         self.old = summary(directory / OUTPUT)
+
+    def lay_inputs(self) -> list[str]:
+        """Write the inputs; return the sources."""
+        self._inputs.mkdir(parents=True)
+        sources = []
+        for number in range(2):
+            path = self._inputs / f"step-{number + 1}"
+            if self.kind.directories:
+                write_model(path, number)
+            else:
+                path = path.with_suffix(".safetensors")
+                path.write_bytes(checkpoint_bytes(number))
+            sources.append(str(path))
+        return sources
 
     def _lay_before(self, runner: Runner, sources: Sequence[str]) -> None:
         if self.kind.before is not None:
