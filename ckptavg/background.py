@@ -7,7 +7,7 @@ from threading import Thread
 from time import monotonic
 
 from ckptavg.blocks import Differing
-from ckptavg.hub.threads import Latch
+from ckptavg.hub.threads import Latch, start
 from ckptavg.journal import Journal, remove_journals
 from ckptavg.writer import ModelWriter
 
@@ -48,14 +48,19 @@ class Background:
         self._is_over = Latch()
         works = [self._write_back, self._hash_along] if hashes else [self._write_back]
         self._threads = [Thread(target=work, daemon=True) for work in works]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                start(thread)
+        except BaseException:
+            self._is_over.set()
+            raise
 
     def end(self) -> None:
         """Stop; twice is allowed."""
         self._is_over.set()
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
 
     def _write_back(self) -> None:
         next_sync = monotonic() + _SYNC_SECONDS
@@ -79,5 +84,5 @@ class Background:
             for model in self._models:
                 try:
                     model.hash_along(self._finished, lambda: self._is_over.is_set)
-                except OSError:  # it shows again at the end, where it can be told
+                except (OSError, MemoryError):  # it shows again at the end, where it can be told
                     return

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from ckptavg.checkpoint.digests import BUFFER_NBYTES, FileDigest
-from ckptavg.hub.threads import Latch
+from ckptavg.hub.threads import Latch, start
 
 _STEP_NBYTES = 8 * 2**20
 _MAX_THREADS = 4
@@ -37,8 +37,13 @@ class InputHashes:
         ]
 
     def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                start(thread)
+        except BaseException:
+            self._is_given_up = True
+            self._is_over.set()
+            raise
         return self
 
     def __exit__(

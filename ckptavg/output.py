@@ -100,15 +100,15 @@ class OutputDirectory:
             for block, differing in self.finished.items():
                 self._journal.record(block, differing)
             self._journal.sync(())  # recovered blocks were synced before
+            self._background = Background(
+                self.models, self.finished, self._journal, self.partial, hashes=self._hash_along
+            )
         except OSError as error:
             self._abandon()
             raise self.failed(error) from error
         except BaseException as error:
             self._leave_unpublished(error)
             raise
-        self._background = Background(
-            self.models, self.finished, self._journal, self.partial, hashes=self._hash_along
-        )
         return self
 
     def __exit__(

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, get_args
 
 from ckptavg._version import __version__
+from ckptavg import blocks as cutting
 from ckptavg.blocks import TAKE_CHUNK_NBYTES, Action, Chunk, TensorPlan, cut_into_blocks
 from ckptavg.checkpoint import ADAPTER_WEIGHTS_NAMES, Checkpoint
 from ckptavg.coefficients import CoefficientRow, GaussianNoise
@@ -148,7 +149,7 @@ class AveragePlan:
         files = [[stamp._replace(device=0) for stamp in stamps] for stamps in self.files]
         what = (
             __version__, self.recipe, self.outputs, files, self.places, self.tensors, self.shards,
-            self.metadata, self.derived,
+            self.metadata, self.derived, cutting.BLOCK_NBYTES,
         )  # fmt: skip
         return hashlib.sha256(repr(what).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 

@@ -22,6 +22,7 @@ from ckptavg.destination import check_destination
 from ckptavg.errors import MemoryBudgetError, SourceError, UsageError
 from ckptavg.gathering import open_source
 from ckptavg.input_hashes import HASHING_NBYTES
+from ckptavg.memory import BLAS_NBYTES, check_room
 from ckptavg.opening import fetched_notes, opened_in_order, telling_what_was_fetched
 from ckptavg.plan import AveragePlan, check_format, plan_average
 from ckptavg.processes import Processes
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     RunBnPass = Callable[[int, Path, str, Callable[[str], Callable[[int], None]]], BnOutcome]
 
 
+_OTHER_THREADS = 4  # that write back, hash and watch
 _MAX_READ_AHEAD_BYTES = 192 * 2**20  # what is fetched before it is needed
 # what asks for bytes in order keeps up with any network: one thread that adds, or one a file that
 # feeds a GPU
@@ -173,6 +175,9 @@ def prepared_average(
             local_size=processes.local_size,
             hashes=any(one.digests(all_files=checksum) for one in checkpoints),
         )
+        n_threads_in_all = workspace.max_threads + workspace.n_threads + _OTHER_THREADS
+        blas_nbytes = BLAS_NBYTES * workspace.max_threads if plan.compares else 0
+        check_room(workspace.max_host_nbytes + blas_nbytes, n_threads_in_all)
         check_destination(
             Path(output),
             overwrite=overwrite,

@@ -13,6 +13,7 @@ from typing import Generic, Protocol, TypeVar
 from ckptavg.blocks import Action, Chunk, Differing
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.geometry import GramTable
+from ckptavg.hub.threads import start
 from ckptavg.plan import AveragePlan
 
 MiB = 2**20
@@ -210,7 +211,7 @@ def run_threads(functions: Sequence[Callable[[], None]], *, stop: Callable[[], N
     interruption: BaseException | None = None
     try:
         for thread in threads:
-            thread.start()
+            start(thread)
     except BaseException as error:
         interruption = error
         stop()

@@ -11,6 +11,7 @@ from time import monotonic, thread_time
 
 from ckptavg.errors import HubError
 from ckptavg.hub.remote_file import HubFile
+from ckptavg.hub.threads import start
 
 CONNECTIONS = 8
 _MAX_SEGMENT_BYTES = 8 * 2**20
@@ -214,8 +215,8 @@ class ReadAhead:
     def _start_thread(self) -> None:
         if len(self._threads) < min(self._n_allowed, len(self._queue) + 1):
             thread = Thread(target=self._fetch, daemon=True)
+            start(thread)
             self._threads.append(thread)
-            thread.start()
 
     def _fetch(self) -> None:
         while True:

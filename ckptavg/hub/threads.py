@@ -4,6 +4,7 @@ Pools of the standard library are joined when the interpreter ends; a thread tha
 server would keep it from ending.
 """
 
+import mmap
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -11,7 +12,10 @@ from contextlib import suppress
 from threading import Lock, Thread
 from typing import TypeVar
 
+from ckptavg.errors import MemoryBudgetError
+
 _POLL_SECONDS = 0.2
+_THREAD_NBYTES = 3 * 2**20  # what one takes to begin, beside its stack
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -90,7 +94,23 @@ def _settle(future: "Future[B]", call: Callable[[], B]) -> None:
         future.set_exception(error)
 
 
+def start(thread: Thread) -> None:
+    """Start a thread, or fail: where memory is short, Python would wait for one that has died.
+
+    Raises:
+        MemoryBudgetError: If the system gives it no room, or allows no more threads.
+    """
+    try:
+        mmap.mmap(-1, _THREAD_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+        thread.start()
+    except (OSError, RuntimeError) as error:
+        raise MemoryBudgetError(
+            "no thread can be started: the system limits the memory or the number of threads "
+            "(--io-threads lowers the need)"
+        ) from error
+
+
 def _started(function: Callable[[], None]) -> Thread:
     thread = Thread(target=function, daemon=True)
-    thread.start()
+    start(thread)
     return thread

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-import pytest
-
 from faults.runs import Runner
 from faults.scenarios import Kind, Scenario
 
@@ -31,15 +29,6 @@ _PAUSE_SECONDS = 0.01
 
 class MissingError(Exception):
     """This machine lacks what a test needs; the message says what."""
-
-
-@contextlib.contextmanager
-def skipped_where_missing() -> Iterator[None]:
-    """Skip the test if this machine lacks what it needs; also a decorator."""
-    try:
-        yield
-    except MissingError as error:
-        pytest.skip(str(error))
 
 
 @dataclass(frozen=True)
@@ -116,9 +105,13 @@ class Disk(Mount):
     def commit(self) -> None:
         """Bring one file to the storage, as another process does: its journal goes with it."""
         path = self.root / "unrelated"
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        path.write_bytes(b"something else\n")
+        self.sync_file(path)
+
+    def sync_file(self, path: Path) -> None:
+        """Bring one file to the storage, as the system may at any moment."""
+        descriptor = os.open(path, os.O_WRONLY)
         try:
-            os.write(descriptor, b"something else\n")
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -168,17 +161,17 @@ def shut_down(root: Path) -> None:
 
 
 @contextlib.contextmanager
-def immutable(directory: Path) -> Iterator[None]:
+def immutable(path: Path) -> Iterator[None]:
     """Make a directory, or a file, one that even root cannot change.
 
     Raises:
         MissingError: If its file system, or this process, cannot.
     """
-    _attempt("chattr", "+i", str(directory))
+    _attempt("chattr", "+i", str(path))
     try:
         yield
     finally:
-        _command("chattr", "-i", str(directory))
+        _command("chattr", "-i", str(path))
 
 
 MountT = TypeVar("MountT", bound=Mount)
@@ -274,8 +267,9 @@ def _attempt(*command: str) -> None:
         raise MissingError(f"needs {command[0]}")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise MissingError(f"needs {' '.join(command[:3])} to work: {reason}")
+        tried = " ".join(one for one in command[:3] if not one.startswith("/"))
+        reason = done.stderr.partition("\n")[0].rpartition(": ")[2].rstrip(".")
+        raise MissingError(f"needs {tried} to work: {reason.partition(' while ')[0]}")
 
 
 def _command(*command: str) -> None:

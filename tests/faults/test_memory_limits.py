@@ -59,7 +59,7 @@ MARGINS_BYTES = (
     *(n * _MB for n in (1, 2, 3, 4, 6, 8, 9, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80)),
     *(n * _MB for n in (96, 112, 128, 160, 192, 256)),
 )
-N_PROCESSES = (1, 2, 3, 4, 5, 6, 8, 12)
+N_PROCESSES = (1, 2, 3, 4, 6, 10)
 
 
 class Checkpoints:
