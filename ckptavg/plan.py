@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, get_args
 
-from ckptavg._version import __version__
 from ckptavg import blocks as cutting
+from ckptavg._version import __version__
 from ckptavg.blocks import TAKE_CHUNK_NBYTES, Action, Chunk, TensorPlan, cut_into_blocks
 from ckptavg.checkpoint import ADAPTER_WEIGHTS_NAMES, Checkpoint
 from ckptavg.coefficients import CoefficientRow, GaussianNoise

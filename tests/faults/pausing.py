@@ -23,7 +23,7 @@ def run_paused(
     directory: Path,
     *,
     after: Point,
-    then: Callable[[], None],
+    then: Callable[[], object],
     opened: Path | None = None,
     block_nbytes: int | None = None,
 ) -> Finished:

@@ -32,7 +32,7 @@ from faults.tally import CountCases
 _N_WRITERS = 6
 _ROUNDS, _FEW_ROUNDS = 20, 4
 _MAX_DELAY_SECONDS = 0.01
-_LOOK_SECONDS = 0.005
+_LOOK_SECONDS = 0.01
 _BLOCK_NBYTES = 1000
 _INPUTS = "inputs"
 _SOURCES = tuple(f"../{_INPUTS}/step-{number}.safetensors" for number in (1, 2))
@@ -309,7 +309,9 @@ def steps(arena: Arena, kind: str) -> list[Point]:
         one
         for one in arena.points(_KIND[kind], _STEPS)
         if not one.path.startswith(_INPUTS)
-        if one.call != "openat" or one.creates or one.path == "."
+        if one.call != "openat" or one.creates
+        if one.call != "mkdir" or one.when == 1  # then it is there
+        if one.call != "renameat2" or one.path == OUTPUT  # the other name of the same call
     ]
 
 
