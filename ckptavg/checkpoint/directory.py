@@ -203,6 +203,7 @@ def _open_sharded(
 ) -> StoredCheckpoint:
     label = folder.label
     index_label = f"{label}/{index_name}"
+    before = folder.state()
     names_by_shard = _read_index(folder, index_name, index_label)
     all_names = set[str]().union(*names_by_shard.values())
     tensors: dict[str, TensorInfo] = {}
@@ -237,6 +238,8 @@ def _open_sharded(
         notes += _stored_twice(shards, names_by_shard, index_label)
         if folder.hub is None:  # where it was verified when it was read
             files.append(folder.open(index_name, index_label))
+        if folder.state() != before:
+            raise CheckpointError(f"{label}: changed while it was opened; try again")
     except BaseException:
         for file in files:
             file.close()

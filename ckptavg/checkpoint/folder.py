@@ -84,6 +84,9 @@ class Folder(Protocol):
             CheckpointError: If it cannot be opened.
         """
 
+    def state(self) -> object:
+        """Return what differs once the folder is another, or names in it come or go."""
+
     def local_directory(self) -> Path:
         """Return a directory of this machine that holds at least the side files.
 
@@ -134,6 +137,11 @@ class LocalFolder:
     def open(self, name: str, label: str) -> ReadableFile:
         """Open a file in it."""
         return PositionalFile(self.path / name, label)
+
+    def state(self) -> object:
+        """Return its identity and the time of its last change; raises OSError."""
+        status = self.path.stat()
+        return status.st_dev, status.st_ino, status.st_mtime_ns
 
     def local_directory(self) -> Path:
         """Return itself."""

@@ -83,6 +83,10 @@ class HubFolder:
                 self._opened[name] = file
         return file
 
+    def state(self) -> object:
+        """Nothing changes at a commit."""
+        return None
+
     def local_directory(self) -> Path:
         """Fetch the small files into a temporary directory, once."""
         with self._lock:

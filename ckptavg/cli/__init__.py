@@ -103,10 +103,11 @@ def main() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 - kept open to the end
     code = run(ends_process=True)
-    try:
-        sys.stdout.flush()
-    except OSError:  # what could not be printed was dealt with where it was printed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # what could not be printed was dealt with where it was printed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 
 
@@ -130,7 +131,8 @@ def run(arguments: Sequence[str] | None = None, *, ends_process: bool = False) -
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
-        error.show()
+        with contextlib.suppress(OSError):
+            error.show()
         return 2
     except click.Abort:  # what click makes of a KeyboardInterrupt
         return _fail_ended("interrupted", 130, debug)

@@ -83,6 +83,10 @@ class MemoryFolder:
             raise CheckpointError(f"{label}: cannot be opened: no such file or directory")
         return MemoryFile(self._contents[name], label)
 
+    def state(self) -> object:
+        """Nothing changes."""
+        return None
+
     def local_directory(self) -> Path:
         """Refuse: nothing in memory has a path."""
         raise CheckpointError(f"{self.label}: lies in memory")

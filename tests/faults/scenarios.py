@@ -99,7 +99,15 @@ class Scenario:
         self.directory = directory
         self._inputs = directory / "inputs"
         sources = self.lay_inputs()
-        self.arguments = ["average", *sources, "-o", self.output, "--io-threads", "1", *kind.options]
+        self.arguments = [
+            "average",
+            *sources,
+            "-o",
+            self.output,
+            "--io-threads",
+            "1",
+            *kind.options,
+        ]
         self._initial = directory.with_name(f"{directory.name}-initial")
         self._initial.mkdir()
         self.fingerprint = ""
