@@ -161,3 +161,30 @@ def test_more_files_than_the_hard_limit_are_refused(
     monkeypatch.setattr(os, "open", none_left)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 64))
     refused(path, "cannot be opened: too many open files")
+
+
+@pytest.mark.parametrize(("age", "waits"), [(0.0, 2.0), (1.5, 0.5), (2.5, 0.0), (-60.0, 0.0)])
+def test_a_file_of_this_very_second_is_waited_for_where_times_are_that_coarse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: float, waits: float
+) -> None:
+    """Written again within the second, it would have the same time, and nobody would notice."""
+    path = tmp_path / "w"
+    path.write_bytes(b"1234")
+    os.utime(path, (1_000_000_000, 1_000_000_000))
+    waited: list[float] = []
+    monkeypatch.setattr("time.time", lambda: 1_000_000_000 + age)
+    monkeypatch.setattr("time.sleep", waited.append)
+    PositionalFile(path, "w").close()
+    assert sum(waited) == pytest.approx(waits)
+
+
+def test_a_file_that_is_written_while_it_is_waited_for_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "w"
+    path.write_bytes(b"1234")
+    os.utime(path, (1_000_000_000, 1_000_000_000))
+    monkeypatch.setattr("time.time", lambda: 1_000_000_000.5)
+    monkeypatch.setattr("time.sleep", lambda seconds: path.write_bytes(b"5678"))
+    with pytest.raises(CheckpointError, match="w: changed while being read: it is being written"):
+        PositionalFile(path, "w")

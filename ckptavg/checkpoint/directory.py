@@ -63,10 +63,13 @@ def open_directory(folder: Folder, *, state_key: str | None) -> StoredCheckpoint
     """
     label = folder.label
     try:
+        before = folder.state()
         checkpoint = _open_weights(folder, state_key)
     except OSError as error:  # listing it failed; files have errors of their own
         raise CheckpointError(f"{label}: cannot be read: {error.strerror}") from error
     try:
+        if len(checkpoint.files) > 1 and folder.state() != before:  # they may be of two saves
+            raise CheckpointError(f"{label}: changed while it was opened; try again")
         checkpoint.folder = folder
         checkpoint.aliases = {**checkpoint.aliases, **_tied_by_config(folder, checkpoint)}
         if folder.has(ADAPTER_CONFIG_NAME) and checkpoint.layout != ADAPTER_LAYOUT:
@@ -203,7 +206,6 @@ def _open_sharded(
 ) -> StoredCheckpoint:
     label = folder.label
     index_label = f"{label}/{index_name}"
-    before = folder.state()
     names_by_shard = _read_index(folder, index_name, index_label)
     all_names = set[str]().union(*names_by_shard.values())
     tensors: dict[str, TensorInfo] = {}
@@ -238,8 +240,6 @@ def _open_sharded(
         notes += _stored_twice(shards, names_by_shard, index_label)
         if folder.hub is None:  # where it was verified when it was read
             files.append(folder.open(index_name, index_label))
-        if folder.state() != before:
-            raise CheckpointError(f"{label}: changed while it was opened; try again")
     except BaseException:
         for file in files:
             file.close()

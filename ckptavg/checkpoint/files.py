@@ -6,6 +6,7 @@ an ordinary error. Positional reads also go straight into the caller's buffer.
 
 import os
 import stat
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +16,7 @@ from ckptavg.directories import close_quietly, open_descriptor
 from ckptavg.errors import CheckpointError
 from ckptavg.tensors import FileStamp
 
+_COARSE_SECONDS, _FINE_SECONDS = 2.0, 0.02  # how far apart two times of a file system are at most
 _MAX_BUFFERS_PER_CALL = 1024  # IOV_MAX on Linux and macOS
 
 
@@ -83,8 +85,25 @@ class PositionalFile:
             self.close()
             kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
             raise CheckpointError(f"{label}: is {kind}, expected a checkpoint file")
+        self._settle(status)
         self.size = status.st_size
         self.stamp = _stamp(self.path, status)
+
+    def _settle(self, status: os.stat_result) -> None:
+        """Wait until a file that was written just now would have another time if written again.
+
+        Raises:
+            CheckpointError: If it is written again meanwhile.
+        """
+        is_coarse = status.st_mtime_ns % 1_000_000_000 == 0
+        resolution = _COARSE_SECONDS if is_coarse else _FINE_SECONDS
+        age = time.time() - status.st_mtime
+        if not 0 <= age < resolution:
+            return
+        time.sleep(resolution - age)
+        if _stamp(self.path, os.fstat(self._descriptor)) != _stamp(self.path, status):
+            self.close()
+            raise CheckpointError(f"{self.label}: changed while being read: it is being written")
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Return ``nbytes`` bytes from ``offset`` on."""

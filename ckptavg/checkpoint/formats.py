@@ -38,8 +38,9 @@ def open_file(file: ReadableFile, *, state_key: str | None) -> StoredCheckpoint:
         return open_safetensors_file(file) if is_safetensors else open_npz_file(file)
     except CheckpointError:
         try:
-            if isinstance(file, PositionalFile):  # a copy whose source tells what it must be
-                file.verify()
+            if isinstance(file, PositionalFile):
+                file.check_unchanged()  # which may be why
+                file.verify()  # a copy whose source tells what it must be
         finally:
             file.close()
         raise
