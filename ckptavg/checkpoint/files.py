@@ -16,7 +16,7 @@ from ckptavg.directories import close_quietly, open_descriptor
 from ckptavg.errors import CheckpointError
 from ckptavg.tensors import FileStamp
 
-_COARSE_SECONDS, _FINE_SECONDS = 2.0, 0.02  # how far apart two times of a file system are at most
+_COARSE_SECONDS = 2.0  # how far apart two times are where they are that coarse
 _MAX_BUFFERS_PER_CALL = 1024  # IOV_MAX on Linux and macOS
 
 
@@ -90,17 +90,15 @@ class PositionalFile:
         self.stamp = _stamp(self.path, status)
 
     def _settle(self, status: os.stat_result) -> None:
-        """Wait until a file that was written just now would have another time if written again.
+        """Where times are whole seconds, wait until a file that is written again has another.
 
         Raises:
             CheckpointError: If it is written again meanwhile.
         """
-        is_coarse = status.st_mtime_ns % 1_000_000_000 == 0
-        resolution = _COARSE_SECONDS if is_coarse else _FINE_SECONDS
         age = time.time() - status.st_mtime
-        if not 0 <= age < resolution:
+        if status.st_mtime_ns % 1_000_000_000 or not 0 <= age < _COARSE_SECONDS:
             return
-        time.sleep(resolution - age)
+        time.sleep(_COARSE_SECONDS - age)
         if _stamp(self.path, os.fstat(self._descriptor)) != _stamp(self.path, status):
             self.close()
             raise CheckpointError(f"{self.label}: changed while being read: it is being written")

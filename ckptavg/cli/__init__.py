@@ -128,10 +128,6 @@ def run(arguments: Sequence[str] | None = None, *, ends_process: bool = False) -
             standalone_mode=False,
         )
         return code if isinstance(code, int) else 0
-    except SystemExit:
-        if type(sys.stdout).__name__ == "PacifyFlushWrapper":  # nobody reads, says click
-            return 0
-        raise
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:

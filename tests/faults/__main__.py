@@ -44,7 +44,9 @@ def main() -> int:
             sys.executable, "-m", "pytest", "-m", "promise", "--timed", f"--tally={tally}",
             *sys.argv[1:], str(_TESTS),
         ]  # fmt: skip
-        code = subprocess.run(command, cwd=_TESTS.parent, check=False).returncode
+        code = subprocess.run(
+            command, cwd=_TESTS.parent, env={**os.environ, "FAULTS_THOROUGH": "yes"}, check=False
+        ).returncode
         rows = json.loads(tally.read_text()) if tally.exists() else []
     print(table(rows))
     return code

@@ -22,7 +22,7 @@ from hostile import entry, legacy_bytes, mapping, safetensors_bytes, storage, te
 
 from faults.arena import Point
 from faults.pausing import run_paused
-from faults.runs import CAN_TRACE, WHY_NOT_TRACED, Finished, Runner, Runners, Tracing
+from faults.runs import CAN_TRACE, THOROUGH, WHY_NOT_TRACED, Finished, Runner, Runners, Tracing
 from faults.scenarios import OUTPUT, summary
 from faults.tally import CountCases
 
@@ -30,8 +30,8 @@ _BLOCK_NBYTES = 250
 _NUMEL, _N_TENSORS = 500, 3
 _FIRST, _SECOND = 1, 2  # which values the checkpoints have
 _VERSIONS = (2, 5, 7, 11)  # that the second one goes through
-_N_MOMENTS, _MANY = 3, 12  # of headers, and of tensors
-_N_RUNS = 100  # while it is written again and again
+_N_MOMENTS, _MANY = (3, 12) if THOROUGH else (2, 4)  # of headers, and of tensors
+_N_RUNS = 100 if THOROUGH else 24  # while it is written again and again
 _MAX_PAUSE_SECONDS = 0.015
 _READ = re.compile(r"(?P<thread>\d+) +preadv2\(\d+<[^>]+>, .*\], \d+, (?P<offset>\d+), \d+\) += ")
 _CHANGED = (
