@@ -1,16 +1,23 @@
 """``python -m ckptavg`` and the console script: the command line, from the first moment on."""
 
-import sys
+import os
+import signal
+from types import FrameType
 
 
 def main() -> None:
     """Load the command line and run it; an interrupt while it loads is one line, too."""
-    try:
-        from ckptavg.cli import main as run
-    except KeyboardInterrupt:
-        sys.stderr.write("ckptavg: error: interrupted; nothing was published\n")
-        sys.exit(130)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)  # an exception could come out of an import as another
+    from ckptavg.cli import main as run
+
     run()
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """End at once: nothing has begun."""
+    os.write(2, b"ckptavg: error: ended by SIGINT; nothing was published\n")
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":
