@@ -118,6 +118,12 @@ class Checkpoints:
                 file.write(value)
 
 
+@pytest.fixture(scope="session")
+def tmp_path_factory(request: pytest.FixtureRequest) -> pytest.TempPathFactory:
+    """Return pytest's own: files in memory would count as memory here."""
+    return pytest.TempPathFactory.from_config(request.config, _ispytest=True)
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Checkpoints]:
     """Return checkpoints of all shapes, by name."""
