@@ -150,6 +150,8 @@ def told_storage_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None:  # not the system's: a caller's own, from a callback
+            raise
         raise storage_error(error) from error
     except ValueError as error:
         if not is_nul(error):
