@@ -98,7 +98,6 @@ def test_a_hostile_score_is_not_known(tmp_path: Path) -> None:
         tensor((), offset=4),
         tensor((), offset=2**62),
         tensor((), stored=storage("9")),
-        tensor((), stored=storage(numel=2**40)),
     ):
         content = mapping({"model": weights, "metric": score})
         for raw in (torch_bytes(content), legacy_bytes(content)):
